@@ -124,10 +124,6 @@ class ModelBenchmark:
     error: str | None = None  # why the model failed
     spent: float = 0.0  # seconds spent in the sweep
 
-    @property
-    def is_active(self) -> bool:
-        return self.ended is None and self.error is None
-
     def operations(self, images: int) -> int:
         """Returns the FLOPs of a step on this many images."""
         return _PASSES[self.mode] * self.flops * images
@@ -390,7 +386,7 @@ def _measure(
         timed.append(_Timed(model, row, optimizer))
 
     def active() -> list[_Timed]:
-        return [one for one in timed if one.row.is_active]
+        return [one for one in timed if not (one.row.ended or one.row.error)]
 
     for row in found.models:
         progress(f"{row.name}, building")

@@ -6,6 +6,7 @@ weights. Repeating the command trains the missing runs; a changed setting makes 
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -159,11 +160,10 @@ class Sweep:
         rows: dict[str, Row] = {}
         file = self.path / RESULTS
         for line in file.read_bytes().splitlines() if file.is_file() else ():
-            try:
+            # The run of a damaged line is measured again, not retrained.
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 row = parse_json(line)
                 rows[row["key"]] = row
-            except (ValueError, LookupError, TypeError):
-                continue  # damaged line: the run is measured again, not retrained
         return rows
 
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:
@@ -254,8 +254,7 @@ def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> 
         shutil.copytree(source, staged)
         shutil.rmtree(best, ignore_errors=True)
         os.rename(staged, best)
-    card = (source / "README.md").read_text("utf-8") + section
-    atomic_write(best / "README.md", card)
+    atomic_write(best / "README.md", (source / "README.md").read_text("utf-8") + section)
     atomic_write(study / name, json.dumps({**values, "run": run.name}, indent=2) + "\n")
 
 

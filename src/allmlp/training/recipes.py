@@ -239,12 +239,8 @@ FINETUNING: dict[str, Settings] = {
 # The paper's grid of learning rates, and the fraction of training images held out to choose one.
 _GRID = (0.003, 0.01, 0.03, 0.06)
 LEARNING_RATES = {**dict.fromkeys(FINETUNING, _GRID), "finetune_vtab": (0.003, 0.01, 0.03)}
-HOLDOUTS = {
-    **dict.fromkeys(FINETUNING, 0.1),
-    "finetune_imagenet": 0.01,
-    "finetune_cifar": 0.02,
-    "finetune_vtab": 0.2,
-}
+HOLDOUTS = dict.fromkeys(FINETUNING, 0.1)
+HOLDOUTS |= {"finetune_imagenet": 0.01, "finetune_cifar": 0.02, "finetune_vtab": 0.2}
 
 RECIPES: dict[str, Settings] = {
     "digits": DIGITS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -136,9 +137,8 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        raise other_images(
-            path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
-        )
+        moved = "" if old == new else f": data.source is {old!r} there, {new!r} here"
+        raise other_images(path, moved)
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
@@ -299,12 +299,10 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """Returns the readable lines of a run's metrics.jsonl."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             values = parse_json(line)
             if "step" in values and all(isinstance(v, int | float) for v in values.values()):
                 found.append(values)
-        except (ValueError, TypeError, AttributeError):
-            continue
     return found
 
 
@@ -317,9 +315,7 @@ def read_results(run: Path) -> list[dict[str, str]]:
         return []
     found = []
     for row in rows:
-        try:
+        with contextlib.suppress(ValueError):
             _ = [float(value) for value in row]
             found.append(dict(zip(header, row, strict=True)))
-        except ValueError:
-            continue
     return found

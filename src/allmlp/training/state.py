@@ -70,12 +70,6 @@ class RunState:
         keep = max(1, self.config.keep_checkpoints)
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep, self.world, run.report.say)
 
-    def __enter__(self) -> RunState:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.checkpoints.close()
-
     @property
     def mean_loss(self) -> float:
         """Mean training loss over the steps since the last evaluation."""
@@ -163,7 +157,6 @@ class RunState:
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
     def note_step(self, result: StepResult) -> None:
-        """Adds up the loss of a step."""
         self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
         self.last_rate = result.learning_rate
 
@@ -194,10 +187,8 @@ class RunState:
     def keep_best(self, model: ImageClassifier, card: str) -> None:
         """Copies the best model, which the next save writes to best/ before its checkpoint."""
         values = {id(value): value.to("cpu", copy=True) for value in model.buffers()}
-        for parameter in model.parameters():
-            values[id(parameter)] = nn.Parameter(
-                parameter.to("cpu", copy=True), parameter.requires_grad
-            )
+        for p in model.parameters():
+            values[id(p)] = nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
         copied, folder = copy.deepcopy(model, values), self.run.folder
 
         def write() -> None:

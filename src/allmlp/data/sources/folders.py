@@ -17,7 +17,7 @@ from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
 from allmlp.data.source import FILE, GROUP, ImageFiles, Images, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError, plural, some_of
 from allmlp.names import extra
 
 # Image formats that are not supported, but counted and reported.
@@ -30,12 +30,8 @@ _UNREAD = frozenset(
     )
 )
 # Folders added by a NAS, archive or file system; some contain thumbnails.
-_SYSTEM = frozenset(
-    (
-        *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
-        *("system volume information", "lost+found"),
-    )
-)
+_SYSTEM = {"@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"}
+_SYSTEM |= {"system volume information", "lost+found"}
 _FOLD = r"(?i)folds?[-_. ]?\d+"
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
@@ -219,9 +215,8 @@ def _group_of(path: str, group: str, folder: Path) -> str:
         found, mark, _ = Path(path).name.partition(group)
         found *= bool(mark)
     if not found:
-        what = f"no group={group} in the name of an image"
         fix = "group=folder (<class>/<group>/*.jpg), or a mark in all names: group=_ (p1_07.jpg)"
-        raise UserError(what, where=folder / path, fix=fix)
+        raise UserError(f"no group={group} in the name of an image", where=folder / path, fix=fix)
     return found
 
 
@@ -229,7 +224,7 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
     """Checks that the class folders are not actually splits, folds or wrapper folders."""
     classes = subfolders(folder)
     check_twins(classes, folder)
-    listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
+    listed = some_of(classes)
     shared: set[str] = set()  # subfolders of every class
     if classes and not any(loose_image(folder / name) for name in classes):
         shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))

@@ -147,8 +147,7 @@ def _read_csv(file: TextIO, path: Path) -> tuple[list[int], _Columns]:
     header, *rows = rows[1 if separator else 0 :] or [(1, [])]
     names = [cell.strip() for cell in header[1]]
     if len(set(names)) < len(names):
-        what = f"two columns have the same name: {names}"
-        raise mistake(what, header[0], "Rename or remove one")
+        raise mistake(f"two columns have the same name: {names}", header[0], "Rename or remove one")
     for line, cells in rows:
         if len(cells) != len(names):
             raise mistake(f"{len(cells)} fields, and the header has {len(names)}", line)
