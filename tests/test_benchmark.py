@@ -92,7 +92,7 @@ def test_the_json_of_a_measurement(mode, precision):
         passes = 3 if mode == "training" else 1
         assert row["peak"]["gflops"] == 100.0  # the better one of before and after
         fraction = passes * row["flops"] * best / 100e9
-        assert row["peak"]["share"] == pytest.approx(fraction)
+        assert row["peak"]["fraction"] == pytest.approx(fraction)
         if mode == "training":
             assert row["latency_ms"] is None
         else:

@@ -57,6 +57,7 @@ def test_evaluate_takes_every_kind_of_image(tmp_path: Path):
         ([(np.zeros((4, 4, 3, 1), np.uint8), 0)], "wrong-type"),
         ([(np.zeros((0, 4), np.uint8), 0)], "wrong-type"),
         ([(None, 0)], "wrong-type"),
+        ((np.full((2, 1, 8), np.nan), [0, 1]), "not-finite"),
     ],
 )
 def test_what_is_not_images_with_labels(data: object, code: str):

@@ -14,6 +14,7 @@ import allmlp as am
 from allmlp import plots
 from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.sources import open_splits
+from allmlp.evaluation import metrics
 from conftest import draw, encode, make_class_folder
 
 pytestmark = pytest.mark.usefixtures("real_figures")
@@ -57,6 +58,15 @@ def test_figures_of_an_evaluation(images: int, tmp_path: Path):
     shown = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert (len(shown), "true: " in shown[0]) == (min(images, 36), True)
     check_drawn(figure, tmp_path)
+
+
+def test_a_report_has_no_confusion_matrix_of_an_earlier_evaluation(tmp_path, monkeypatch):
+    result, source = evaluation(3, 3, 1)
+    for most, there in ((3, ["confusion.csv", "confusion.png"]), (2, [])):
+        monkeypatch.setattr(metrics, "MOST_CONFUSED", most)
+        result.save(tmp_path, overwrite=True)
+        plots.save_evaluation(result, source, tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("confusion*")) == there
 
 
 @pytest.mark.parametrize(("images", "wrong", "shown"), [(40, 30, 25), (10, 0, 10)])

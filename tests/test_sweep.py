@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 import allmlp as am
 from allmlp.runtime.world import World
 from allmlp.sweep import RESULTS, Sweep, study_folder
-from conftest import draw, make_class_folder
+from conftest import draw, make_class_folder, tiny_model
+from runs import before_step
 from studies import make_place, pretend, settings
 
 
@@ -42,6 +45,28 @@ def test_moved_images_are_the_same_and_changed_ones_are_not(place, monkeypatch):
     draw(99).save(place / "moved" / "train" / "ant" / "0.png")
     run(place, data__source=str(place / "moved"))
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_other_weights_of_the_same_path_are_another_run(place, monkeypatch, is_finished):
+    if is_finished:
+        pretend(monkeypatch, lambda config: 0.5)
+        run(place)
+    else:
+        with monkeypatch.context() as patch:
+            before_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(SystemExit):
+                run(place)
+    (place / "weights").rename(place / "moved")
+    am.save_model(tiny_model(["z", "y", "x", "w"]), place / "weights")
+    asked = pretend(monkeypatch, lambda config: 0.5)
+    assert run(place)["folder"].startswith("a-")
+    assert len(asked) == 1
+    if is_finished:
+        assert run(place, model__weights=str(place / "moved"))["folder"] == "a"
+    else:
+        am.train(settings(place, "study/a"), quiet=True)
+        assert "weights has changed since" in (place / "study" / "a" / "log.txt").read_text()
 
 
 def test_groups_and_left_out_images_make_another_run(place, monkeypatch):

@@ -124,10 +124,6 @@ class ModelBenchmark:
     error: str | None = None  # why the model failed
     spent: float = 0.0  # seconds spent in the sweep
 
-    @property
-    def is_active(self) -> bool:
-        return self.ended is None and self.error is None
-
     def operations(self, images: int) -> int:
         """Returns the FLOPs of a step on this many images."""
         return _PASSES[self.mode] * self.flops * images
@@ -390,7 +386,7 @@ def _measure(
         timed.append(_Timed(model, row, optimizer))
 
     def active() -> list[_Timed]:
-        return [one for one in timed if one.row.is_active]
+        return [one for one in timed if not (one.row.ended or one.row.error)]
 
     for row in found.models:
         progress(f"{row.name}, building")
@@ -422,7 +418,7 @@ def _measure(
         if row.best is not None:
             gflops, shape = peaks[row.precision]
             reached = row.operations(1) * row.best.images_per_second / 1e9
-            row.peak = {"gflops": gflops, "shape": shape, "share": reached / gflops}
+            row.peak = {"gflops": gflops, "shape": shape, "fraction": reached / gflops}
 
 
 def _attempt(row: ModelBenchmark, act: Callable[..., object], *arguments: Any) -> None:
@@ -612,7 +608,7 @@ def _cells(row: ModelBenchmark) -> dict[str, str]:
         "images/s": _digits(row.best.images_per_second),
         "spread": f"{row.best.relative_spread:.0%}",
         "batch": f"{row.best.batch_size:,}",
-        "of peak": "-" if row.peak is None else f"{row.peak['share']:.0%}",
+        "of peak": "-" if row.peak is None else f"{row.peak['fraction']:.0%}",
         "GB": "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e9:.2f}",
     }
     if row.latency_ms is not None:

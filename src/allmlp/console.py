@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -100,13 +101,13 @@ class ProgressBar:
 
 def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
     """Returns the lines of a table: header, rule and rows; the first `left` columns align left."""
-    widths = [max(len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
+    widths = [max(cell_len(row[at]) for row in [headers, *rows]) for at in range(len(headers))]
 
     def line(cells: list[str]) -> str:
-        aligned = (
-            cell.ljust(width) if at < left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
+        aligned = []
+        for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            space = " " * (width - cell_len(cell))  # Chinese letters are two columns wide
+            aligned.append(cell + space if at < left else space + cell)
         return "  ".join(aligned).rstrip()
 
     rule = "  ".join("-" * width for width in widths)

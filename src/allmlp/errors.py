@@ -11,7 +11,7 @@ import difflib
 import errno
 import heapq
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -81,14 +81,7 @@ def at_least(name: str, value: Any, least: float, where: object = None) -> Any:
 
 
 def between(
-    name: str,
-    value: Any,
-    low: float,
-    high: float,
-    *,
-    above: bool = False,
-    below: bool = False,
-    where: object = None,
+    name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False
 ) -> Any:
     """Returns the value if None or in [low, high]; `above` and `below` exclude the bounds."""
     if value is None:
@@ -97,7 +90,7 @@ def between(
     if not is_in:
         least, most = "above" if above else "at least", "below" if below else "at most"
         what = f"{name} must be {least} {low} and {most} {high}, got {value!r}"
-        raise UserError(what, where=where, code="out-of-range")
+        raise UserError(what, code="out-of-range")
     return value
 
 
@@ -121,6 +114,12 @@ def exclusive(**given: Any) -> None:
 def plural(number: int, noun: str) -> str:
     """Returns "1 image" or "1,234 images"; nouns ending in s take es."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """Returns "a, b and 3 more"."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 _NO_SPACE = "Free some space there, or give a place on another disk"

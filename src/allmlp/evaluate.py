@@ -60,13 +60,10 @@ def evaluate(
         UserError: the data does not exist or its classes differ from the model's; the model has no
             head or only one class; no image can be decoded, or logits are not finite.
     """
-    options = data if isinstance(data, EvaluateOptions) else None
     source = data if isinstance(data, Source) else None
     in_memory = not isinstance(data, EvaluateOptions | Source | str | Path | None)
-    if options is None and data is not None:
-        name = str(data) if source is None else source.name
-        fields["data"] = "images" if in_memory else name
-    options = make(EvaluateOptions, options, fields)
+    given = source.name if source is not None else "images" if in_memory else data
+    options = make(EvaluateOptions, given, fields, "data")
     report = report or Reporter(quiet=True)
     if isinstance(model, ExportedModel) or is_exported(model):
         check_device_of_exported(options.device)
@@ -94,8 +91,7 @@ def evaluate(
             labels = open_real(options.real, source, classes_of(net), imagenet_classes())
         if folder is not None:
             items = map(source.item_name, range(len(source)))
-            inputs = read_from(options.data)
-            check_not_inputs([folder, *map(folder.joinpath, names)], inputs, items)
+            check_not_inputs([folder, *map(folder.joinpath, names)], read_from(options.data), items)
             folder.mkdir(parents=True, exist_ok=True)  # fail early
         bar = stack.enter_context(report.progress(len(source) // world.size, "images"))
 
@@ -112,8 +108,8 @@ def evaluate(
             on_batch=advance,
         )
         check_logits(result, source)
-        result = measured.describe(result)
-        result.described = measured_on(net)
+        result.are_held_out, result.trained_on = measured.are_held_out, measured.trained_on
+        result.notes, result.described = list(measured.notes), measured_on(net)
         if labels is not None:
             result.real = labels.score(result.indices, result.predictions)
         if folder is not None:

@@ -222,11 +222,9 @@ def process_lives(process: int) -> bool:
     """Returns whether a process is running on this machine; a zombie is not."""
     if sys.platform == "win32":  # even signal 0 would kill it
         return True
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+        return text.rpartition(")")[2].split()[0] not in ("Z", "X")
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -284,13 +282,11 @@ def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
 
 
 @contextlib.contextmanager
-def staging_folder(
-    path: Path, on_left: Callable[[Path], object] = lambda folder: None
-) -> Iterator[Path]:
+def staging_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder next to a path, for files to be renamed to it.
 
-    Folders left behind by killed processes are removed first, after calling `on_left` with each. A
-    live process holds a file lock, which the system releases however the process ends.
+    Folders left behind by killed processes are removed first. A live process holds a file lock,
+    which the system releases however the process ends.
     """
     from filelock import Timeout  # takes 0.2 s to import
 
@@ -299,11 +295,8 @@ def staging_folder(
             lock = locked(left / _LOCK)
             if lock is None:  # its process may be at work
                 continue
-            try:
-                on_left(left)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                lock.release()
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
         try:

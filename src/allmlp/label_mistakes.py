@@ -112,8 +112,8 @@ class LabelMistakes:
         ]
         colors = [plots.RED if image.suspected else "" for image in shown]
         title = f"{self.data}: label -> suggestion, {len(self.suspected):,} suspected (red)"
-        images = [(self.splits[image.split], image.index) for image in shown]
-        plots.save(plots.contact_sheet(images, captions, title, colors), folder / "mistakes.png")
+        images = [plots.thumbnail(self.splits[image.split], image.index) for image in shown]
+        plots.save(plots.grid(images, captions, title, colors=colors), folder / "mistakes.png")
 
 
 def find_label_mistakes(

@@ -14,12 +14,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from allmlp.errors import UserError, near_names, needs
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
@@ -98,10 +95,8 @@ Kind = TypeVar("Kind")
 class OptionError(UserError):
     """An unknown option or an invalid value."""
 
-    def __init__(
-        self, name: str, what: str, fix: str | None, code: str, where: object = None
-    ) -> None:
-        super().__init__(what, where=where, fix=fix, code=code)
+    def __init__(self, name: str, what: str, fix: str | None, code: str) -> None:
+        super().__init__(what, fix=fix, code=code)
         self.name = name
 
 
@@ -119,7 +114,7 @@ def make(kind: type[Kind], options: Any, fields: dict[str, Any], first: str = ""
     return validated(kind, {**values, **fields})
 
 
-def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
+def validated(kind: type[Kind], values: Any) -> Kind:
     """Builds the dataclass from keyword arguments or JSON, validated by pydantic."""
     from pydantic import ValidationError
 
@@ -130,11 +125,11 @@ def validated(kind: type[Kind], values: Any, where: object = None) -> Kind:
         inner = found[0].get("ctx", {}).get("error")
         if isinstance(inner, UserError):
             raise inner from None
-        raise _option_error(kind, values, found, where) from None
+        raise _option_error(kind, values, found) from None
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
@@ -156,12 +151,12 @@ _WORDS = {
 }
 
 
-def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> OptionError:
+def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
     first, path, inner = errors[0], [], values
     code = _CODES.get(first["type"], "wrong-type")
     if code == "missing":
         name = str(first["loc"][-1])
-        return OptionError(name, f"{name} is required", None, code, where)
+        return OptionError(name, f"{name} is required", None, code)
     for part in first["loc"]:  # includes the names of union members
         if isinstance(inner, dict) and part in inner:
             path, inner = [*path, part], inner[part]
@@ -169,13 +164,13 @@ def _option_error(kind: type, values: Any, errors: list[Any], where: object) -> 
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [field.name for field in dataclasses.fields(kind)]
         fix = f"{near_names(name, known)}Known: {', '.join(known)}"
-        return OptionError(name, f"unknown option {name!r}", fix, code, where)
+        return OptionError(name, f"unknown option {name!r}", fix, code)
     rules = dict.fromkeys(error["msg"] for error in errors)  # a union has one per member
     rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
     what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
-    return OptionError(name, what, None, code, where)
+    return OptionError(name, what, None, code)
 
 
 def given_settings(options: Any, settings: Mapping[str, str]) -> dict[str, Any]:

@@ -18,19 +18,17 @@ from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
+from torch import Tensor
 
 from allmlp.data.image import decode, to_pillow
-from allmlp.data.source import array_row, array_shape
+from allmlp.data.source import Source, array_row, array_shape
 from allmlp.data.transforms import denormalize
 from allmlp.errors import UserError, plural
 from allmlp.io import atomic_write
+from allmlp.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from allmlp.data.check import Duplicates
-    from allmlp.data.source import Source
-    from allmlp.preprocessing import Preprocessing
 
 Evaluation = Any  # class in evaluation/, which imports from here
 # Files written by `save_evaluation`.
@@ -160,16 +158,6 @@ def curve(row: NDArray[np.float32]) -> NDArray[np.uint8]:
     return canvas
 
 
-def contact_sheet(
-    images: Sequence[tuple[Source, int]],
-    captions: Sequence[str],
-    title: str,
-    colors: Sequence[str] = (),
-) -> Figure:
-    """Returns a grid of images, each given by source and index."""
-    return grid([thumbnail(*image) for image in images], captions, title, colors=colors)
-
-
 # Evaluation
 
 
@@ -281,8 +269,8 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
             lines.append(f"true: {shorten(true)}")
         captions.append("\n".join(lines))
         colors.append(GREEN if correct[row] else RED)
-    images = [(source, int(index)) for index in evaluation.indices[rows]]
-    return contact_sheet(images, captions, title, colors)
+    images = [thumbnail(source, int(index)) for index in evaluation.indices[rows]]
+    return grid(images, captions, title, colors=colors)
 
 
 # Training

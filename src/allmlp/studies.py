@@ -162,9 +162,7 @@ def finetune(
     if grid_source is not None:
         own, by = {"data.source": grid_source, "data.holdout": None}, "the images set apart for it"
         inputs.append(grid_source)
-    grid_runs = {
-        rate: config.with_values({**own, "optimizer.learning_rate": rate}) for rate in rates
-    }
+    trials = {rate: config.with_values({**own, "optimizer.learning_rate": rate}) for rate in rates}
     changes: dict[str, Any] = {}
     if rates and "validation" in splits:
         changes["data.holdout"] = None
@@ -183,7 +181,7 @@ def finetune(
             sweep.say("         the data has no test images: the final runs are measured on the")
             sweep.say("         validation images, by which the weights are chosen too")
         reached: dict[float, dict[str, float] | None] = {}
-        for rate, run in grid_runs.items():
+        for rate, run in trials.items():
             title = f"grid: rate {rate:g}"
             row = sweep.run(f"grid/lr-{rate!r}", run, title=title, may_diverge=True)
             # Select by the last metrics if the final runs keep the last weights.
@@ -241,7 +239,6 @@ def _save(config: TrainConfig, result: FinetuneResult, run: Path) -> None:
 
 
 def _report(sweep: Sweep, result: FinetuneResult) -> None:
-    """Prints a table of all runs."""
     on = result.measured_on
     runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
     runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]
@@ -324,9 +321,8 @@ def cross_validate(config: TrainConfig, folds: int = 5, *, quiet: bool = False) 
         what = "cross-validation holds out the folds, so holdout and fold have no meaning"
         raise UserError(what, where="data.holdout, data.fold", fix="Leave them out")
     whole, dealt, how = open_folds(config.data, folds)
-    numbers = range(1, folds + 1)
-    each = {at: config.with_value("data.fold", (at, folds)) for at in numbers}
-    runs = {f"fold-{at}": for_data(fold, whole) for at, fold in each.items()}
+    configs = {at: config.with_value("data.fold", (at, folds)) for at in range(1, folds + 1)}
+    runs = {f"fold-{at}": for_data(fold, whole) for at, fold in configs.items()}
     names = (*runs, "best", "folds.json", "out_of_fold")
     path = study_folder(config.output, names, [config.data.source])
     with join_world(config.device) as (world, _):

@@ -1,11 +1,12 @@
 """Many training runs in one folder: finished ones are skipped, interrupted ones resume.
 
-results.jsonl has a line per finished run, keyed by the hash of its config and images. Repeating the
-command trains the missing runs; a changed setting makes a new run.
+results.jsonl has a line per finished run, keyed by the hash of its config, images and first
+weights. Repeating the command trains the missing runs; a changed setting makes a new run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -33,8 +34,9 @@ from allmlp.io import (
 from allmlp.runtime.world import World
 from allmlp.training.config import TrainConfig
 from allmlp.training.report import TrainResult
-from allmlp.training.run_folder import config_of, identity, read_results
+from allmlp.training.run_folder import config_of, first_weights, identity, read_results
 from allmlp.training.train import DivergedError, train
+from allmlp.weights.load import weights_fingerprint
 
 Row = dict[str, Any]  # a run's result as JSON values
 Measure = Callable[[TrainResult], Row]
@@ -69,6 +71,7 @@ class Sweep:
         self.say = self.report.say
         self.rows: dict[str, Row] = world.broadcast_from_rank0(self._read)
         self._data: dict[tuple[str, str | None], str] = {}
+        self._weights: dict[str, str] = {}
         self._log()
 
     def table(self, rows: Iterable[Mapping[str, str]]) -> None:
@@ -134,8 +137,8 @@ class Sweep:
         return done
 
     def key(self, config: TrainConfig) -> str:
-        """Returns the hash of a run's settings and images, independent of paths."""
-        values = identity(config)
+        """Returns the hash of a run's settings, images and first weights, wherever these are."""
+        values = identity(config) | {"model.weights": self._weights_of(config)}
         del values["data.source"]
         return _short_hash(json.dumps([values, self._data_of(config)], sort_keys=True))
 
@@ -145,26 +148,35 @@ class Sweep:
             self._data[place] = self.world.broadcast_from_rank0(lambda: hash_of_data(*place))
         return self._data[place]
 
+    def _weights_of(self, config: TrainConfig) -> str | None:
+        source = config.model.weights
+        if source and source not in self._weights:
+            self._weights[source] = self.world.broadcast_from_rank0(
+                lambda: weights_fingerprint(source, quiet=self.quiet)
+            )
+        return self._weights[source] if source else None
+
     def _read(self) -> dict[str, Row]:
         rows: dict[str, Row] = {}
         file = self.path / RESULTS
         for line in file.read_bytes().splitlines() if file.is_file() else ():
-            try:
+            # The run of a damaged line is measured again, not retrained.
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 row = parse_json(line)
                 rows[row["key"]] = row
-            except (ValueError, LookupError, TypeError):
-                continue  # damaged line: the run is measured again, not retrained
         return rows
 
     def _folder(self, name: str, key: str, config: TrainConfig) -> str:
         """Returns the run's folder name, a different one if another run has taken it."""
         file = self.path / name / "config.json"
-        data = self._data_of(config)
+        data, weights = self._data_of(config), self._weights_of(config)
         owners = [row for row in self.rows.values() if row.get("folder") == name]
         if not owners and not file.is_file():
             return name
-        own, data_differ = False, any(row.get("data") != data for row in owners)
-        if file.is_file() and not data_differ:  # another version may have computed its key
+        differ = any(row.get("data") != data for row in owners)
+        differ |= first_weights(file.parent) not in (None, weights)  # None: of an older version
+        own = False
+        if file.is_file() and not differ:  # another version may have computed its key
             before, now = identity(config_of(file.parent)), identity(config)
             own = {**before, "data.source": None} == {**now, "data.source": None}
         return name if own else f"{name}-{key[:8]}"
@@ -242,8 +254,7 @@ def save_study(study: Path, name: str, values: Row, run: Path, section: str) -> 
         shutil.copytree(source, staged)
         shutil.rmtree(best, ignore_errors=True)
         os.rename(staged, best)
-    card = (source / "README.md").read_text("utf-8") + section
-    atomic_write(best / "README.md", card)
+    atomic_write(best / "README.md", (source / "README.md").read_text("utf-8") + section)
     atomic_write(study / name, json.dumps({**values, "run": run.name}, indent=2) + "\n")
 
 

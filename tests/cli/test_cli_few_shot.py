@@ -19,7 +19,7 @@ SHORT = ("--num-workers", 0, "--device", "cpu")
 def place(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with weights, and data with train/ and val/; the cache lies there too."""
     model = tiny_model(3)
-    for parameter in model.parameters():  # not the floor's, which are drawn with the same seed
+    for parameter in model.parameters():  # not the baseline's, which are drawn with the same seed
         torch.nn.init.normal_(parameter, std=0.3)
     am.save_model(model, class_folder.parent / "weights")
     monkeypatch.setenv("MIXER_CACHE", str(class_folder.parent / "cache"))
@@ -35,11 +35,11 @@ def test_a_measurement(capsys, place):
     values = read_measurement(target)
     assert values["kind"] == "few-shot"
     assert values["model"]["source"] == str(place / "weights")
-    (result,), (floor,) = values["results"], values["floor"]["results"]
+    (result,), (baseline,) = values["results"], values["random_baseline"]["results"]
     model = am.load_model(place / "weights", quiet=True)
     direct = am.few_shot(model, place / "data", shots=(1, 7), num_workers=0)
     assert result["accuracies"] == json.loads(json.dumps(direct.accuracies))
-    assert result["accuracies"] != floor["accuracies"]
+    assert result["accuracies"] != baseline["accuracies"]
 
 
 def test_bad_images_end_with_code_3(capsys, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_one_run(capsys, place):
         (["--grid", "0.5", "--seeds", "3"], (0.5,), (3,)),
         (["--seeds", "3", "4"], (), (3, 4)),
         (["--grid", "--set", "seed=9"], (0.003, 0.01, 0.03, 0.06), (9,)),
+        (["--grid", "0.5", "--seed", "9", "--fraction", "1", "--max-bad", "0"], (0.5,), (9,)),
     ],
 )
 def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
@@ -66,6 +68,21 @@ def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
     ((config, given),) = handed_over
     assert given == {"grid": rates, "seeds": seeds}
     assert (config.model.weights, config.output, config.seed) == ("w", "o", seeds[0])
+
+
+def test_a_grid_beside_the_settings_of_another_kind_of_run(capsys, handed_over, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(am.recipe("digits").to_json()))
+    line = ("finetune", "w", "--config", tmp_path / "c.json", "--output", "o", "--grid")
+    assert mixer(capsys, *line)[0] == 0
+    assert handed_over[0][1]["grid"] == (0.003, 0.01, 0.03, 0.06)
+
+
+def test_the_time_is_estimated_by_the_cores_of_the_process(capsys, place, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "cores_of_process", lambda: asked.append(1) or 2)
+    line = ("finetune", place / "weights", "--data", place / "data", "--dry-run", *SHORT)
+    assert mixer(capsys, *line)[0] == 0
+    assert asked
 
 
 @pytest.mark.parametrize(
@@ -83,6 +100,7 @@ def test_the_grid_and_the_seeds(capsys, handed_over, flags, rates, seeds):
         (["WEIGHTS", "--data", "VAL"], "the data has no train split"),
         (["WEIGHTS", "--set", "optimizer.warmup=100", "--steps", "50"], "100 steps of warm-up"),
         (["WEIGHTS", "--probe", "--grid"], "probe"),
+        (["WEIGHTS", "--seed", "0", "--seeds", "1"], "seed and seeds"),
         (["WEIGHTS", "--set", "model.overrides.patch_size=2"], "the weights determine it"),
     ],
 )

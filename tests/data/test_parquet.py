@@ -150,6 +150,14 @@ def test_labels_that_are_none(tmp_path: Path, labels, message):
         assert raised.value.fix
 
 
+@pytest.mark.parametrize("labels", [[[0], [1, -1]], [[0, 1], [2]]])
+def test_numbers_in_lists_that_are_no_class(tmp_path: Path, labels: list[list[int]]):
+    name = write(tmp_path / "x.parquet", labels, ["ant", "bee"])
+    with pytest.raises(UserError, match="the label is empty") as raised:
+        open_source(name)
+    assert raised.value.where == f"{name}[1]"
+
+
 @pytest.mark.parametrize(
     ("labels", "names"),
     [

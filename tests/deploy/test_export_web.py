@@ -78,6 +78,14 @@ def test_files_of_the_folder_are_not_replaced(tmp_path: Path, name: str):
     assert [path.name for path in page.iterdir()] == [name]
 
 
+def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "index.html").touch()
+    with pytest.raises(am.UserError) as caught:
+        am.export(tiny_model(), ".")
+    assert (caught.value.code, caught.value.where) == ("exists", str(tmp_path / "index.html"))
+
+
 @pytest.mark.slow
 def test_a_folder_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """With an own runtime; the file inside is that of every other command."""

@@ -153,13 +153,21 @@ def test_images_in_memory(model, tmp_path):
 
 def test_urls(model, tmp_path):
     (tmp_path / "x.png").write_bytes(encode(draw(1)))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    asked: list[str | None] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["User-Agent"])
+            super().do_GET()
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         inputs = [f"{url}/x.png", tmp_path / "x.png", f"{url}/gone.png"]
         found = am.predict(model, inputs, num_workers=0)
         server.shutdown()
+    assert asked == ["allmlp"] * 2  # some servers refuse Python's name
     assert found[0].path == f"{url}/x.png"
     assert found[0].classes == found[1].classes
     assert "404" in (found[2].error or "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import torch
 from huggingface_hub import constants, file_download
 
 import allmlp as am
-from conftest import draw, mixer, tiny_model
+from conftest import ROOT, draw, mixer, tiny_model
 from hub_server import Hub, serve
 
 # The hub's library sends files in a way that its HTTP library will drop.
+WHY = "pip install 'allmlp[export]'"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -47,9 +50,10 @@ def check_same(model: am.ImageClassifier, other: am.ImageClassifier) -> None:
 
 
 def test_a_run_is_pushed_and_loaded_again(capsys, hub: Hub, trained: am.TrainResult, tmp_path):
+    pytest.importorskip("onnxscript", reason=WHY)
     run = tmp_path / "run"
     shutil.copytree(trained.run_folder, run)
-    (run / "model.onnx").write_bytes(b"onnx")
+    am.export(run, run / "model.onnx", image_size=16)
     draw(0).save(tmp_path / "seven.png")
     words = ("--private", "--license", "mit", "--examples", tmp_path / "seven.png")
     code, out, err = mixer(capsys, "push", run, "me/digits", *words, "--message", "First")
@@ -124,6 +128,23 @@ def test_two_examples_of_one_name(hub: Hub, tmp_path: Path):
     with pytest.raises(am.UserError) as caught:
         am.push(tiny_model(["a", "b"]), "me/x", examples=examples)
     assert caught.value.code == "conflict"
+
+
+def test_an_export_of_other_weights_is_not_pushed(hub: Hub, tmp_path: Path):
+    pytest.importorskip("onnxscript", reason=WHY)
+    old = (ROOT / "tests" / "golden" / "old_name" / "model.onnx").read_bytes()
+    am.save_model(tiny_model(["a", "b"]), tmp_path)
+    am.export(tmp_path, tmp_path / "model.onnx")
+    exported = (tmp_path / "model.onnx").read_bytes()
+    am.save_model(tiny_model(["a", "b"], gelu="exact"), tmp_path, overwrite=True)
+    for content, age in ((exported, 0), (old, 1000)):
+        (tmp_path / "model.onnx").write_bytes(content)
+        before = time.time() - age
+        os.utime(tmp_path / "model.onnx", (before, before))
+        with pytest.raises(am.UserError) as caught:
+            am.push(tmp_path, "me/x")
+        assert caught.value.code == "stale"
+    assert hub.commits == []
 
 
 def test_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch):

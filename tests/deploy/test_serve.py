@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import queue
+import re
 import signal
 import socket
 import sys
@@ -70,6 +71,22 @@ def service() -> Service:
 def client(service: Service) -> Iterator[starlette_client.TestClient]:
     with connected(service) as client:
         yield client
+
+
+def test_the_page_asks_relative_to_its_own_address():
+    """So that it works behind a prefix, such as that of a notebook server."""
+    for file in (Path(am.__file__).parent / "deploy" / "page").iterdir():
+        absolute = re.findall(r"""(?:ask|fetch|src=|href=)\(?["'`]/.*""", file.read_text())
+        assert absolute == [], file.name
+
+
+def test_a_limit_above_that_of_the_web_server():
+    service = make_service(max_images=1001)
+    service.request_bytes = 10**7
+    files = [("images", (f"{at}.png", PNG)) for at in range(1002)]
+    with connected(service) as client:
+        answer = client.post("/predict", files=files)
+    assert (answer.status_code, "1,001 images" in answer.text) == (413, True)
 
 
 def connected(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from allmlp.paper import studies as study_module
 from allmlp.paper.studies import Study, ablations, data_scale, permutation, variants_of
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, mixer
+from runs import before_step
 from studies import pretend
 
 SIZES = tuple(f"model.overrides.{name}={size}" for name, size in TINY.items())
@@ -228,6 +231,25 @@ def test_the_ablations_measure_accuracy_and_cost(tmp_path: Path):
     assert loaded.config.pyramid == ((1, 4),)
     again = ablations(**given)
     assert [row["accuracy"] for row in again.rows] == [row["accuracy"] for row in found.rows]
+
+
+def test_a_study_of_arrays_resumes_and_counts_its_own_sizes(tmp_path: Path, monkeypatch):
+    rows, labels = np.random.default_rng(0).normal(size=(40, 2, 8)), np.arange(40) % 2
+    np.savez(tmp_path / "rows.npz", x_train=rows, y_train=labels)
+    given = digits(tmp_path / "study", data=str(tmp_path / "rows.npz"), recipe="arrays")
+    sizes = tuple(size for size in SIZES if "patch_size" not in size)
+    given |= {"settings": sizes, "variants": ("shared",), "quiet": True}
+    speed = SimpleNamespace(name="shared", flops=1, best=None, precision="float32")
+    measured = SimpleNamespace(models=[speed])
+    monkeypatch.setattr(study_module, "benchmark", lambda *_, **__: measured)
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            ablations(**given)
+    (row,) = ablations(**given).rows
+    (run,) = (tmp_path / "study" / "cells" / "shared").iterdir()
+    assert "resumed  after step 3 of 4" in (run / "log.txt").read_text()
+    assert row["parameters"] == am.load_model(run).num_parameters
 
 
 SCALE = "data-scale --models mixer_s16 --few-shot-data digits --set model.overrides.patch_size=2"

@@ -101,6 +101,7 @@ def pretended(
 ) -> Asked:
     """Nothing is trained, and no model is resized."""
     monkeypatch.setattr("allmlp.paper.suites.load_model", lambda *_, **__: tiny_model(4))
+    monkeypatch.setattr("allmlp.sweep.weights_fingerprint", lambda source, **_: source)
     return pretend(monkeypatch, accuracy)
 
 
@@ -172,7 +173,8 @@ def test_avg5(place, monkeypatch):
     for name in AVG5:
         final = runs[f"out/{name}/seed-1"]
         assert (final.optimizer.learning_rate, final.data.holdout) == (0.01, 0.0)
-        assert (final.model.image_size, final.data.resize) == (224, "resmall-crop")
+        data = final.data
+        assert (final.model.image_size, data.resize, data.crop) == (224, "resmall-crop", 0.875)
     assert result.summary() == "mean of 5 tasks: 90.00%"
     assert (result.missing, result.changes, result.groups) == ([], [], {})
     asked.clear()

@@ -14,7 +14,8 @@ from allmlp.data.check import duplicates_to_exclude, find_duplicates
 from allmlp.data.fingerprint import exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
-from allmlp.training.dataset import Augmentation, open_training_data
+from allmlp.training.config import DataSettings
+from allmlp.training.dataset import Augmentation, open_training_data, split_data
 from conftest import draw, encode, make_class_folder, tiny_config
 
 
@@ -133,6 +134,15 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     with pytest.raises(am.UserError, match=r"its train has 13 images[\s\S]*has 14"):
         am.train(tiny_config(str(data), tmp_path / "other", data__exclude=str(drops)), quiet=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_list_of_the_training_images_alone(class_folder, tmp_path):
+    splits = open_splits(str(class_folder))
+    drops = tmp_path / "drops.txt"
+    drops.write_text(exclude_list({"train": splits["train"]}, [("train", 0, "bad")], "data"))
+    found = split_data(DataSettings(source=str(class_folder), exclude=str(drops)))
+    assert found.validation is not None
+    assert (len(found.train), len(found.validation)) == (19, len(splits["validation"]))
 
 
 def test_names_that_figures_and_files_cannot_hold(tmp_path):

@@ -101,3 +101,15 @@ def test_what_an_older_run_does_not_know_is_said(made, tmp_path):
     assert open_measured(str(run), str(made / "data")).are_held_out
     (run / "environment.json").unlink()
     assert not open_measured(str(run), str(made / "data")).are_held_out
+
+
+@pytest.mark.parametrize(
+    ("file", "study"), [("finetune.json", {"seeds": [0]}), ("folds.json", {"best": 1})]
+)
+def test_a_study_names_the_run_of_its_model(made, tmp_path, file, study):
+    """Its usual name may be that of a run with other settings."""
+    for name in ("seed-0", "fold-1"):
+        make_class_folder(tmp_path / name, {"x": 1})
+    shutil.copytree(made / "run", tmp_path / "run-12345678")
+    (tmp_path / file).write_text(json.dumps({**study, "run": "run-12345678"}))
+    assert open_measured(str(tmp_path), str(made / "data")).are_held_out

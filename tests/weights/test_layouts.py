@@ -18,6 +18,7 @@ import allmlp as am
 from allmlp.models.catalog import family_of
 from allmlp.models.resmlp import FAMILY as RESMLP
 from allmlp.weights.layouts import GOOGLE
+from allmlp.weights.report import inspect_file
 from conftest import GOLDEN, tiny_model
 from staged_models import enliven
 
@@ -185,17 +186,32 @@ def test_files_of_resmlps_authors(tmp_path: Path):
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("kind", ["state_dict", "model", "compiled"])
+@pytest.mark.parametrize("kind", ["state_dict", "model", "compiled", "averaged"])
 def test_pth_files(tmp_path: Path, kind: str, old: bool):
     state = safetensors.torch.load_file(TIMM)
     content = {
         "state_dict": {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
         "model": {"model": state, "optimizer": {"state": {}, "step": torch.zeros(3)}},
         "compiled": {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        "averaged": {  # torch.optim.swa_utils.AveragedModel
+            "n_averaged": torch.tensor(3),
+            **{f"module.{name}": value for name, value in state.items()},
+        },
     }[kind]
     path = tmp_path / "weights.pth"
     torch.save(content, path, _use_new_zipfile_serialization=not old)
     assert_same_tensors(path, TIMM)
+
+
+def test_weights_beside_their_ema_are_named(tmp_path: Path, capsys):
+    state = safetensors.torch.load_file(TIMM)
+    averages = {name: value + 1 for name, value in state.items()}
+    content = {"state_dict": state, "state_dict_ema": averages, "ema_decay": 0.99}
+    torch.save(content, tmp_path / "w.pth")
+    model = am.load_model(tmp_path / "w.pth")
+    assert torch.equal(model.head.bias, state["head.bias"])
+    assert "of state_dict, not state_dict_ema" in capsys.readouterr().err
+    assert "of state_dict, not state_dict_ema" in inspect_file(tmp_path / "w.pth")[1]
 
 
 def timm_folder(folder: Path, **changes: object) -> Path:

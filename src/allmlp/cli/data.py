@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError, plural, some_of
 from allmlp.options import Done, Options
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class CheckOptions(Options):
 
 
 def check(source: str, options: CheckOptions) -> Done:
-    """Checks data and prints the result."""
     from allmlp.console import Reporter
     from allmlp.data.check import FILES, check_source, duplicates_to_exclude, save_report
     from allmlp.data.fingerprint import exclude_list
@@ -104,7 +103,7 @@ def check(source: str, options: CheckOptions) -> Done:
         if options.exclude == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         else:
-            atomic_write(expand(options.exclude), text.encode(errors="surrogateescape"))
+            atomic_write(expand(options.exclude), text)
         counts = Counter(pair.second[0] for pair in duplicates.to_exclude())
         listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
         report.say(f"\nto exclude  {options.exclude}: {listed or 'no images'}")
@@ -119,7 +118,9 @@ def check(source: str, options: CheckOptions) -> Done:
 
 def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
     """Prints a table of the splits, and problems."""
-    from allmlp.data.check import HUGE_PIXELS, TINY_SIDE, format_bytes
+    from rich import filesize
+
+    from allmlp.data.check import HUGE_PIXELS, TINY_SIDE
     from allmlp.data.image import DARK
 
     splits, rows, details = values["splits"], [], []
@@ -134,7 +135,7 @@ def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
                 "images": f"{split['num_images']:,}",
                 "classes": f"{len(counts):,}",
                 "per class": per_class,
-                "bytes": format_bytes(split["num_bytes"]),
+                "bytes": filesize.decimal(split["num_bytes"]),
                 **dict(zip(("smallest HxW", "median", "largest"), sizes, strict=True)),
             }
         )
@@ -144,16 +145,16 @@ def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
             numbers = split["labels_per_image"].items()
             per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
             details.append(f"  labels per image: {per_image}")
-            kinds = split["class_counts"].items()
-            details.append("  images per class: " + _some([f"{k} {n:,}" for k, n in kinds]))
+            numbers = [f"{kind} {count:,}" for kind, count in split["class_counts"].items()]
+            details.append(f"  images per class: {some_of(numbers, _MOST)}")
         missing = [kind for kind, count in split["class_counts"].items() if not count]
         if missing:
-            details.append(f"  classes without images: {_some(missing)}")
+            details.append(f"  classes without images: {some_of(missing, _MOST)}")
 
     report.say(f"data     {values['source']}\n")
     report.table(rows)
     names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
-    report.say(f"\nclasses: {_some(list(names))}")
+    report.say(f"\nclasses: {some_of(list(names), _MOST)}")
     for line in [*(f"note: {note}" for note in values["notes"]), "", *details]:
         report.say(line)
     dark = f"nearly black: no sample above {DARK:,} of 65,535"
@@ -200,11 +201,6 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
         report.say(f"very many images are alike: near duplicates were looked for up {how} only")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
-
-
 def _say_list(report: Reporter, title: str, lines: Sequence[str]) -> None:
     report.say(f"\n{title}: {len(lines):,}")
     for line in lines[:_MOST]:
@@ -234,7 +230,6 @@ class PackOptions(Options):
     """Largest size of a file, e.g. 256MB or 1GB."""
 
     def shard_bytes(self) -> int:
-        """Returns the size in bytes."""
         found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", self.shard_size.strip())
         unit = _UNITS.get(found[2].upper()) if found else None
         size = int(float(found[1]) * unit) if found and unit else 0
@@ -245,7 +240,6 @@ class PackOptions(Options):
 
 
 def pack(source: str, folder: str, options: PackOptions) -> Done:
-    """Packs data and prints a summary."""
     import shlex
 
     from allmlp.console import Reporter, report_bad_images, report_notes
@@ -261,15 +255,12 @@ def pack(source: str, folder: str, options: PackOptions) -> Done:
         only_images(part, "packed data")
     report_notes(notes_of(splits))
     check_not_inputs([target], read_from(source))
-    total = sum(map(len, splits.values()))
-    with report.progress(total, "images") as bar, path_in_errors(target):
+    with report.progress(sum(map(len, splits.values())), "images") as bar, path_in_errors(target):
         packed = pack_splits(splits, target, shard_bytes=shard_bytes, on_item=bar.advance)
     for split, result in packed.items():
         size = sum(file.size for file in result.files)
-        files, out = plural(len(result.files), "file"), ""
-        if result.bad:
-            out = f", {len(result.bad):,} left out"
-        images = plural(result.num_images, "image")
+        files, images = plural(len(result.files), "file"), plural(result.num_images, "image")
+        out = f", {len(result.bad):,} left out" if result.bad else ""
         report.say(f"{split:10} {images} in {files}, {size:,} bytes{out}")
     report.say(f"written    {target}")
     if "train" in packed:

@@ -41,7 +41,6 @@ class ModelsOptions(Options):
 
 
 def models(options: ModelsOptions) -> Done:
-    """Prints the requested list."""
     from allmlp.weights.checkpoints import CHECKPOINTS  # not needed by --help
     from allmlp.weights.report import checkpoint_table, inspect_file
 
@@ -78,9 +77,8 @@ def _architectures(options: ModelsOptions, found: list[dict[str, Any]]) -> list[
             else:
                 skipped.append(error.text())
             continue
-        config, head = model.config, 0
-        for key, value in model.named_parameters():
-            head += value.numel() if key.startswith("head.") else 0
+        config, parameters = model.config, model.named_parameters()
+        head = sum(value.numel() for key, value in parameters if key.startswith("head."))
         found.append(
             {
                 "name": name,
@@ -122,7 +120,6 @@ class EnvOptions(Options):
 
 
 def env(_: EnvOptions) -> Done:
-    """Prints the environment."""
     import re
     from importlib.metadata import requires
 

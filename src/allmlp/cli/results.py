@@ -124,8 +124,7 @@ def as_flags(
         field = field or next((f for f in fields.values() if f.metadata.get("flag") == key), None)
         if field is None:
             fix = f"{near_names(key, fields)}Known: {', '.join(fields)}"
-            what = f"unknown option {key!r}"
-            raise UserError(what, where="config", fix=fix, code="unknown-name")
+            raise UserError(f"unknown option {key!r}", where="config", fix=fix, code="unknown-name")
         flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
         if hints[field.name] == Repeated:
             pairs = value.items() if isinstance(value, dict) else ()

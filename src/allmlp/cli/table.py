@@ -137,12 +137,8 @@ def _arguments(kind: type, positional: Sequence[str]) -> type:
     for field in dataclasses.fields(kind):
         if field.init and not field.metadata.get("hidden"):
             hint = _annotated(hints[field.name], field, texts.get(field.name, ""))
-            default, factory = field.default, field.default_factory
-            own: Any = (
-                dataclasses.field(default=default) if factory is dataclasses.MISSING else None
-            )
-            own = own or dataclasses.field(default_factory=factory)
-            fields.append((field.name, hint, own))
+            given: Any = {"default": field.default, "default_factory": field.default_factory}
+            fields.append((field.name, hint, dataclasses.field(**given)))
     return dataclasses.make_dataclass("Arguments", fields, kw_only=True)
 
 
@@ -167,7 +163,7 @@ def _annotated(hint: Any, field: dataclasses.Field[Any], text: str) -> Any:
             "PIXELS|HxW",
             instance_from_str=_parsed_size,
             is_instance=lambda value: value is None or isinstance(value, int | tuple),
-            str_from_instance=_size_text,
+            str_from_instance=lambda v: ["x".join(map(str, v)) if isinstance(v, tuple) else str(v)],
         )
         return Annotated[hint, size, arg(**shown)]
     metavar = field.metadata.get("metavar")
@@ -195,7 +191,3 @@ def _parsed_size(words: list[str]) -> int | tuple[int, int]:
         example = "a number such as 224, or height x width such as 192x256"
         raise ValueError(f"not an image size: {words[0]!r}; it is {example}")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def _size_text(value: Any) -> list[str]:
-    return ["x".join(map(str, value)) if isinstance(value, tuple) else str(value)]

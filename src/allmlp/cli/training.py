@@ -12,38 +12,18 @@ from typing import Any
 from allmlp.errors import UserError, exclusive, needs
 from allmlp.options import assigned, given_settings
 from allmlp.training.config import TrainConfig
-from allmlp.training.flags import OTHER_SETTINGS, flag, setting_options
+from allmlp.training.flags import OTHER_SETTINGS, by_last_part, flag, setting_options
 from allmlp.training.recipes import LEARNING_RATES
 from allmlp.training.recipes import recipe as named_recipe
 
 # Flag -> setting.
-_SHARED = {
-    "data": "data.source",
-    "output": "output",
-    "image_size": "model.image_size",
-    "epochs": "epochs",
-    "steps": "steps",
-    "batch_size": "batch_size",
-    "learning_rate": "optimizer.learning_rate",
-    "holdout": "data.holdout",
-    "exclude": "data.exclude",
-    "balance": "data.balance",
-    "best_by": "best_by",
-    "device": "device",
-    "num_workers": "data.num_workers",
-    "precision": "precision",
-    "compile": "compile",
-    "sharding": "sharding",
-    "log": "log",
-}
-TRAIN = {
-    **_SHARED,
-    "model": "model.name",
-    "fraction": "data.fraction",
-    "max_bad": "data.max_bad",
-    "seed": "seed",
-}
-FINETUNE = {**_SHARED, "resize_weights": "model.resize_weights"}
+_SHARED = {"data": "data.source"} | by_last_part(
+    *("output", "model.image_size", "epochs", "steps", "batch_size", "optimizer.learning_rate"),
+    *("seed", "data.fraction", "data.holdout", "data.exclude", "data.max_bad", "data.balance"),
+    *("best_by", "device", "data.num_workers", "precision", "compile", "sharding", "log"),
+)
+TRAIN = {**_SHARED, "model": "model.name"}
+FINETUNE = _SHARED | by_last_part("model.resize_weights")
 
 
 _DRY_RUN = """Check settings, data and model, time a few steps, say how long the run would take, and
@@ -85,7 +65,6 @@ is a name of docs/recipes.md; without it digits, or scratch where --data is give
 
 
 def train_command(recipe: str | None, options: Any) -> Any:
-    """Runs `mixer train`."""
     from allmlp.data.sources import are_arrays, names_source  # slow imports not needed by --help
     from allmlp.training.run_folder import config_of
     from allmlp.training.train import train
@@ -166,7 +145,6 @@ command with the same --output resumes what was stopped.
 
 
 def finetune_command(checkpoint: str, options: Any) -> Any:
-    """Runs `mixer finetune`."""
     from allmlp.studies import finetune
     from allmlp.training.fit import fitted_config
 
@@ -180,7 +158,7 @@ def finetune_command(checkpoint: str, options: Any) -> Any:
     typed = assigned(options.settings)
     rate = options.learning_rate or typed.get("optimizer.learning_rate")
     exclusive(learning_rate=rate, grid=has_grid)
-    exclusive(seed=typed.get("seed"), seeds=seeds)
+    exclusive(seed=typed.get("seed", options.seed), seeds=seeds)
     given = {"model.train_only": "probe", "epochs": 1} if options.probe else {}
     given |= {**given_settings(options, FINETUNE), "model.weights": checkpoint}
     splits = None

@@ -143,8 +143,7 @@ def _zipped(path: str) -> list[tuple[str, _Place]]:
             if is_encrypted or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 kind = "encrypted" if is_encrypted else f"of method {method}"
                 fix = "Write the archive with a plain zip, or unpack it"
-                what = f"a file in it is {kind}: {member.filename!r}"
-                raise UserError(what, where=path, fix=fix)
+                raise UserError(f"a file in it is {kind}: {member.filename!r}", where=path, fix=fix)
             name = member.filename.replace("\\", "/")
             if not member.flag_bits & 0x800:  # said to be in the DOS code page; macOS writes UTF-8
                 with contextlib.suppress(ValueError):

@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+from rich import filesize
 
 from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.loader import Images, in_order, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
-from allmlp.io import atomic_write, csv_text
+from allmlp.io import atomic_write_all, csv_text
 from allmlp.runtime.device import cores_of_process
 
 # Files written by the command.
@@ -110,7 +111,7 @@ def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
         return [asdict(BadImage(n, source.item_name(n), what(int(at)))) for at, n in found]
 
     def size(at: int) -> str:
-        return f"{heights[at]}x{widths[at]} pixels, {format_bytes(int(num_bytes[at]))}"
+        return f"{heights[at]}x{widths[at]} pixels, {filesize.decimal(int(num_bytes[at]))}"
 
     several = source.labels.sum(axis=1) if source.is_multi_label else np.empty(0)
     return {
@@ -131,17 +132,8 @@ def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
     }
 
 
-def format_bytes(number: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number} bytes"
-
-
 def _count(values: np.ndarray) -> dict[str, int]:
-    texts = (
-        value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()
-    )
+    texts = (v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
     return dict(Counter(texts).most_common())
 
 
@@ -163,8 +155,7 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
                 cells += [split, index, source.item_name(index), source.label_text(index)]
             rows.append([*cells, pair.kind, f"{pair.difference:.4f}"])
         texts["duplicates.csv"] = csv_text(rows)
-    for name, text in texts.items():
-        atomic_write(folder / name, text.encode(errors="surrogateescape"))
+    atomic_write_all({folder / name: text for name, text in texts.items()})
     return list(texts)
 
 
@@ -208,9 +199,7 @@ class _Facts(Images):
         return np.zeros((), dtype=FACTS) if facts is None else facts, bad
 
     def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
-        return np.stack([facts for facts, _ in samples]), [
-            bad for _, some in samples for bad in some
-        ]
+        return np.stack([facts for facts, _ in samples]), [bad for _, own in samples for bad in own]
 
 
 def _facts_of(image: EncodedImage) -> np.ndarray:
@@ -356,9 +345,8 @@ def find_duplicates(
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
     original = np.arange(len(facts))
-    _, firsts, inverse = np.unique(
-        facts["pixel_digest"][usable], return_index=True, return_inverse=True
-    )
+    digests = facts["pixel_digest"][usable]
+    _, firsts, inverse = np.unique(digests, return_index=True, return_inverse=True)
     original[usable] = usable[firsts][inverse]
     second = np.flatnonzero(original != np.arange(len(facts)))
     first = original[second]

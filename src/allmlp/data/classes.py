@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.data.source import MARK, Source, relabel
-from allmlp.errors import UserError, one_of
+from allmlp.errors import UserError, one_of, some_of
 
 UNLABELLED = "`mixer predict` reads images without labels"
 _EMPTY = ("", "nan", "<na>")
@@ -170,8 +170,7 @@ def label_text(value: object, where: object) -> str:
     text = "" if value is None else str(value).strip()
     if text.casefold() in _EMPTY:
         what = f"the label is empty: {text!r}" if text else "the label is empty"
-        fix = f"Give it a label, or remove it; {UNLABELLED}"
-        raise UserError(what, where=where, fix=fix)
+        raise UserError(what, where=where, fix=f"Give it a label, or remove it; {UNLABELLED}")
     if not isinstance(value, int | str):
         what = f"a label is a whole number or text, got {text[:80]}"
         raise UserError(what, where=where, fix="Give every image one label")
@@ -247,8 +246,8 @@ def match_classes(
     """Relabels a source in the order of `class_names` of `owner`, as `matched_names` does."""
     names = matched_names(source.class_names, class_names)
     source, known, present = replace(source, class_names=names), set(class_names), set(names)
-    unknown = [name for name in names if name not in known]
-    missing = [name for name in class_names if name not in present]
+    unknown = [repr(name) for name in names if name not in known]
+    missing = [repr(name) for name in class_names if name not in present]
     if unknown or (missing and not allow_missing):
         what = f"{owner} has {len(class_names)} classes, {source.name} has {len(names)}"
         what += f"; unknown to {owner}: {some_of(unknown)}" if unknown else ""
@@ -258,8 +257,3 @@ def match_classes(
             fix = "Add images of them, or set allow_missing_classes"
         raise UserError(what, where=source.name, fix=fix)
     return source if names == class_names else relabel(source, class_names)
-
-
-def some_of(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more

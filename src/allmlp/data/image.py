@@ -269,8 +269,7 @@ def decode(
     data: bytes, where: object, channels: int = 3, *, exif_orientation: bool = True
 ) -> np.ndarray:
     """Returns the upright image, uint8 (H, W, channels); `where` names it in errors."""
-    image = EncodedImage(data, where, channels, exif_orientation=exif_orientation)
-    return image.decode()
+    return EncodedImage(data, where, channels, exif_orientation=exif_orientation).decode()
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -298,15 +297,12 @@ def encoded_image(image: Any, where: str = "the image") -> bytes:
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
                 raise ValueError(f"an array of {image.dtype} {image.shape} is not an image")
             return encode_png(image[..., 0] if image.shape[2:] == (1,) else image)
-        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which a PNG cannot have
-            image.convert("RGB").save(file, "PNG", exif=image.getexif())
-        else:
-            image.save(file, "PNG", exif=image.getexif())
+        is_plain = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")  # which a PNG cannot have
+        (image if is_plain else image.convert("RGB")).save(file, "PNG", exif=image.getexif())
         return file.getvalue()
     except (OSError, TypeError, ValueError, AttributeError) as error:
-        what = f"{where} cannot be used: {error}"
         fix = "Give uint8 arrays (H, W) or (H, W, 3), PIL images, encoded bytes, paths or URLs"
-        raise UserError(what, fix=fix, code="wrong-type") from error
+        raise UserError(f"{where} cannot be used: {error}", fix=fix, code="wrong-type") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

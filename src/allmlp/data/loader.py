@@ -29,7 +29,7 @@ from allmlp.data.image import EncodedImage
 from allmlp.data.sampler import Order, sample_generator
 from allmlp.data.source import BadImage, Source, array_row, array_shape
 from allmlp.data.transforms import check_input, resize_for_evaluation
-from allmlp.errors import UserError, at_least, between
+from allmlp.errors import UserError, between
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import cores_of_process
 
@@ -197,7 +197,6 @@ def evaluation_batches(
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch]:
     """Yields every image once, in order; those that cannot be decoded are only in `Batch.bad`."""
-    at_least("batch_size", batch_size, 1)
     check_input(source, preprocessing)
     num_workers = choose_workers(num_workers, source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
@@ -211,7 +210,6 @@ def in_order(source: Source, batch_size: int) -> Iterator[range]:
 
 
 def _image_bytes(preprocessing: Preprocessing) -> int:
-    """Bytes per image in a batch."""
     height, width = preprocessing.image_size
     return height * width * preprocessing.channels * (4 if preprocessing.kind == "arrays" else 1)
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allmlp.errors import UserError
-
 # Uses of a generator, so that no two uses share random numbers.
 ORDER, SAMPLE, STEP = range(3)
 MANY = 1_000_000  # images, whose order takes a noticeable time to draw: 300 million half a minute
@@ -92,7 +90,7 @@ class Order:
     """Which images a rank reads at which step."""
 
     seed: int  # of the order and of each image's random numbers
-    batch_size: int  # summed over ranks
+    batch_size: int  # summed over ranks; a multiple of `world_size`
     rank: int = 0
     world_size: int = 1
     with_neighbour: bool = False  # append the image before, which mixup blends with
@@ -108,9 +106,6 @@ class Order:
     def positions(self, steps: range) -> Iterator[list[int]]:
         """Yields the positions that the rank reads: consecutive parts of the batches."""
         size, own = self.batch_size, self.batch_size // self.world_size
-        if size % self.world_size:
-            what = f"{self.world_size} processes cannot split a batch of {size} images equally"
-            raise UserError(what, where="batch_size", fix=f"A multiple of {self.world_size}")
         start = self.rank * own
         before = [(start - 1) % size] if self.with_neighbour else []  # cyclic over the batch
         for step in steps:

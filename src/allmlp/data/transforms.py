@@ -70,9 +70,7 @@ def check_input(source: Source, preprocessing: Preprocessing) -> None:
     shape, own = array_shape(source), preprocessing
     wanted = (own.channels, *own.image_size) if own.kind == "arrays" else None
     if shape != wanted:
-        has, takes = (
-            "images" if of is None else f"rows (C, H, W) = {of}" for of in (shape, wanted)
-        )
+        has, takes = ("images" if s is None else f"rows (C, H, W) = {s}" for s in (shape, wanted))
         what, fix = f"the data has {has}, the model takes {takes}", "Use data like its training's"
         if shape and wanted and shape[0] == wanted[0]:
             fix = f"image_size={shape[1]}x{shape[2]} resizes the model"
@@ -80,9 +78,7 @@ def check_input(source: Source, preprocessing: Preprocessing) -> None:
 
 
 def inception_box(
-    size: tuple[int, int],
-    random: np.random.Generator,
-    area: tuple[float, float] = (0.05, 1.0),
+    size: tuple[int, int], random: np.random.Generator, area: tuple[float, float] = (0.05, 1.0)
 ) -> tuple[int, int, int, int]:
     """Returns a random rectangle, (top, left, height, width) in pixels, drawn as in TensorFlow."""
     height, width = size
@@ -141,9 +137,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def flip(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    if random.random() < 0.5:
-        return cv2.flip(pixels, 1).reshape(pixels.shape)
-    return pixels
+    return cv2.flip(pixels, 1).reshape(pixels.shape) if random.random() < 0.5 else pixels
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -130,8 +130,7 @@ def start_worker(watched: Tensor, closing: Tensor, number: int) -> None:
         # A thread waits for SIGTERM: a handler would not run while the main thread hangs in C, and
         # the main process would wait forever.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        arguments = closing, os.getppid()
-        threading.Thread(target=_end_on_signal, args=arguments, daemon=True).start()
+        threading.Thread(target=_end_on_signal, args=(closing, os.getppid()), daemon=True).start()
 
 
 def _only_our_own(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -8,7 +8,7 @@ preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Prepro
 decision        JSON object: labels, temperature, ... of `Decision`; absent if all are defaults
 input           description of the input's shape, type and range
 decoding        description of how image files are decoded before resizing
-allmlp          JSON object: format, version, precision, architecture, ...
+allmlp          JSON object: format, version, precision, architecture, hash of the weights, ...
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from allmlp.decision import Decision
 from allmlp.deploy.browser import CONTENT, MODEL, fetch_runtime, write_page
 from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
 from allmlp.errors import UserError, one_of
+from allmlp.evaluation.features import weights_hash
 from allmlp.io import expand, parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
 from allmlp.models.family import ModelConfig
@@ -71,6 +72,7 @@ class ExportInfo:
     num_parameters: int
     float32_layers: tuple[str, ...] = ()  # in an int8 file
     decision: Decision = field(default_factory=Decision)
+    weights: str | None = None  # `weights_hash` of the model; None in files of older versions
 
     def inputs(self, images: Tensor) -> np.ndarray:
         """Converts uint8 images (N, channels, H, W) to graph inputs."""
@@ -85,6 +87,7 @@ def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> Exp
     return ExportInfo(
         *(config, model.class_names, how, uint8_input, precision, number),
         decision=model.decision,
+        weights=weights_hash(model),
     )
 
 
@@ -103,6 +106,7 @@ def to_text(info: ExportInfo) -> dict[str, str]:
         "parameters": info.num_parameters,
         "kept_in_float32": list(info.float32_layers),
         "architecture": config_to_json(info.config),
+        "weights": info.weights,
     }
     decision = info.decision.to_json()
     return {
@@ -140,6 +144,7 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
             int(own["parameters"]),
             tuple(map(str, own["kept_in_float32"])),
             Decision.from_json(parse_json(values.get("decision") or "{}"), config.num_classes),
+            own.get("weights"),
         )
     except (KeyError, TypeError, ValueError) as error:
         what = f"the file's description cannot be used: {str(getattr(error, 'what', error))[:200]}"

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from allmlp.console import Reporter
+from allmlp.deploy.formats import open_exported
 from allmlp.deploy.options import PushOptions
 from allmlp.errors import UserError
+from allmlp.evaluation.features import weights_hash
 from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.names import HUB_NAME
@@ -18,10 +21,10 @@ from allmlp.options import make
 from allmlp.training.card import plain_card, published_card
 from allmlp.weights.description import CONFIG, WEIGHTS
 from allmlp.weights.download import HUB_PREFIX, can_reach_hub
-from allmlp.weights.load import open_model
+from allmlp.weights.load import load_model, locate, open_model
 from allmlp.weights.save import save_model
 
-CARD = "README.md"
+CARD, EXPORT = "README.md", "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def push(
         **fields: fields of `PushOptions`.
 
     Raises:
-        UserError: not a name of the hub, no token or one that may not write there, no network, or
-            as `load_model`.
+        UserError: not a name of the hub, no token or one that may not write there, no network, a
+            model.onnx that was not made from the weights, or as `load_model`.
     """
     options = make(PushOptions, options, fields)
     if not re.fullmatch(HUB_NAME, repo):
@@ -76,6 +79,9 @@ def push(
         raise UserError(what, where="examples", fix="Rename one", code="conflict")
     folder = None if isinstance(model, ImageClassifier) else expand(model)
     net = open_model(model)
+    exported = None if folder is None else folder / EXPORT
+    if exported is not None and exported.is_file():
+        _check_made_from(exported, net)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     if not can_reach_hub():
@@ -99,8 +105,8 @@ def push(
         save_model(net, staged)
         files: dict[str, Path | bytes] = {name: Path(staged, name) for name in (WEIGHTS, CONFIG)}
         files[CARD] = card.encode(errors="backslashreplace")
-        if folder is not None and (folder / "model.onnx").is_file():
-            files["model.onnx"] = folder / "model.onnx"
+        if exported is not None and exported.is_file():
+            files[EXPORT] = exported
         files |= {f"examples/{path.name}": path for path in images}
         contents = [CommitOperationAdd(name, content) for name, content in files.items()]
         api = HfApi(token=token)
@@ -113,6 +119,21 @@ def push(
         except Exception as error:  # the hub library can raise anything
             raise _refused(repo, error) from error
     return Pushed(page, done.oid, tuple(files), f"{HUB_PREFIX}{name}")
+
+
+def _check_made_from(exported: Path, model: ImageClassifier) -> None:
+    """Raises UserError if the file was not exported from the present weights of its folder."""
+    info, folder = open_exported(exported, num_threads=1).info, exported.parent
+    if info.config.image_size != model.config.image_size:
+        model = load_model(folder, info.config.image_size, quiet=True)
+    is_same = info.weights == weights_hash(model) and info.decision == model.decision
+    if info.weights is None:  # by an older version
+        weights, _ = locate(folder, Reporter(quiet=True))
+        is_same = exported.stat().st_mtime >= weights.stat().st_mtime
+    if not is_same:
+        what = "the exported file was not made from the weights beside it"
+        fix = f"Remove it, or mixer export {folder} --output {exported} --overwrite"
+        raise UserError(what, where=exported, fix=fix, code="stale")
 
 
 def _refused(repo: str, error: Exception) -> UserError:

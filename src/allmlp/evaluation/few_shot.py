@@ -187,10 +187,12 @@ def few_shots(
         net, device = opened_model(model, options)
         results = _measure(net, device, splits, options, lambda batch: bar.advance(len(batch)))
     if options.output is not None:
-        numbers: dict[str, Any] = {"results": [found.to_json() for found in results], "floor": None}
+        numbers: dict[str, Any] = {"results": [found.to_json() for found in results]}
+        numbers["random_baseline"] = None
         if options.random_baseline:
             baselines = [found.baseline.to_json() for found in results if found.baseline]
-            numbers["floor"] = {"weights": "random", "seed": BASELINE_SEED, "results": baselines}
+            of = {"weights": "random", "seed": BASELINE_SEED}
+            numbers["random_baseline"] = {**of, "results": baselines}
         save_result(target, measurement("few-shot", net, numbers))
     return results
 

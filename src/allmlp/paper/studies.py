@@ -43,8 +43,8 @@ from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, hash_of_data, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
-from allmlp.training.dataset import Splits, open_training_data
-from allmlp.training.recipes import recipe
+from allmlp.training.dataset import Splits, open_training_data, splits_with_train
+from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import TrainResult
 
 
@@ -73,8 +73,9 @@ class Experiment:
     def run(self, *, quiet: bool = False) -> Study:
         """Trains the missing runs; writes and prints the results of all of them."""
         name = self.kind.replace("-", "_")
+        images = splits_with_train(self.config.data.source)["train"]
         runs = {
-            f"cells/{cell}/seed-{seed}": config.with_values(_seeded(config, seed))
+            f"cells/{cell}/seed-{seed}": for_data(config.with_values(_seeded(config, seed)), images)
             for cell, (_, config) in self.cells.items()
             for seed in self.seeds
         }
@@ -412,6 +413,7 @@ def ablations(
     """Trains the variants of a Mixer under one budget and measures their cost."""
     options = make(AblationsOptions, options, fields)
     config = train_config(options, ["model.name"], options.model)
+    config = for_data(config, splits_with_train(config.data.source)["train"])
     base = model_config(config.model.name, config.model.image_size, 2, **config.model.overrides)
     if not isinstance(base, MixerConfig) or not base.is_plain:
         what = f"the variants are those of a plain Mixer, and the model is {base.summary()}"

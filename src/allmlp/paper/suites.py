@@ -552,7 +552,9 @@ def avg5(
     official = size if size in (224, 448, (224, 224), (448, 448)) else 224
 
     def config(task: Task) -> TrainConfig:
-        values = {"model.image_size": official, "data.resize": options.resize}
+        values: dict[str, Any] = {"model.image_size": official, "data.resize": options.resize}
+        if options.resize != "squash":  # the paper crops small images, too
+            values["data.crop"] = 0.875
         return recipe(task.recipe).with_values(values)
 
     suite = Suite(

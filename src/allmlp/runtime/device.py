@@ -138,7 +138,6 @@ class ComputePolicy:
         return self.compile or self.compile_gelu
 
     def autocast(self) -> torch.autocast:
-        """Returns the autocast context for the model."""
         is_half = self.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
 

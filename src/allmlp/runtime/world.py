@@ -47,7 +47,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # rank on this machine; selects the GPU
     peers: tuple[tuple[str, int], ...] = ()  # by rank: machine and process id
 
     @property
@@ -65,7 +64,6 @@ class World:
         return rows
 
     def all_reduce_max(self, value: int) -> int:
-        """Returns the maximum over all processes."""
         if self.size == 1:
             return value
         most = torch.tensor(value, dtype=torch.int64)
@@ -137,7 +135,6 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -210,7 +207,7 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
     if _joined:  # a study joins once for all runs
         yield _joined[-1]
         return
-    chosen, local_rank = _own_device(choose_device(device), device)
+    chosen = _own_device(choose_device(device), device)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     store, rank, size = _rendezvous(TIMEOUT)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
@@ -222,10 +219,10 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
     watching = (getattr(notes, "clone", lambda: notes)(), left, independent)
     watcher = threading.Thread(target=_end_with_the_others, args=watching, daemon=True)
     watcher.start()
-    world = World(rank, size, local_rank)
+    world = World(rank, size)
     try:
         peers = tuple(world.gather((machine(), os.getpid())))
-        world = World(rank, size, local_rank, peers)
+        world = World(rank, size, peers)
         _joined.append((world, chosen))
         yield world, chosen
     except (SystemExit, KeyboardInterrupt):  # all processes stop after the same step
@@ -250,9 +247,8 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
         _joined.clear()
 
 
-def _own_device(chosen: torch.device, name: str) -> tuple[torch.device, int]:
-    """Returns the device of this process, one of several, and its rank on this machine."""
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+def _own_device(chosen: torch.device, name: str) -> torch.device:
+    """Returns the device of this process, one of several."""
     if chosen.type == "mps":
         what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
         raise UserError(what, where="device", fix="Start one process, or take cpu")
@@ -260,13 +256,14 @@ def _own_device(chosen: torch.device, name: str) -> tuple[torch.device, int]:
         if chosen.index is not None:
             what = f"device {name!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
             raise UserError(what, where="device", fix="Take cuda: each process gets its own GPU")
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
         if local_rank is None:
             what = "several processes, and nothing says which GPU is whose"
             raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
         # Slurm may have given every process one GPU to see.
         is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
         chosen = choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
-    return chosen, int(local_rank or 0)
+    return chosen
 
 
 def _exit_after(failed: list[tuple[World, Store]]) -> None:
@@ -342,9 +339,8 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
         if time.monotonic() > end:
             ranks = ", ".join(map(str, sorted(waiting)))
-            raise UserError(
-                f"rank {ranks} did not join within {timeout.total_seconds():.0f} seconds"
-            )
+            what = f"rank {ranks} did not join within {timeout.total_seconds():.0f} seconds"
+            raise UserError(what)
         time.sleep(0.01)
     return PrefixStore(name, store), rank, size
 
@@ -357,8 +353,7 @@ def _told(world: World, notes: Store, error: BaseException) -> BaseException:
         return _lost(world, notes, error)
     shown = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
     with contextlib.suppress(RuntimeError):  # the store's process has exited
-        note = (shown.what, shown.where, shown.fix, shown.code)
-        notes.set(str(world.rank), json.dumps(note))
+        notes.set(str(world.rank), json.dumps((shown.what, shown.where, shown.fix, shown.code)))
         notes.set("failed", "")
     return _said_once(world, world.rank, notes, shown) if shown is error else error
 

@@ -12,6 +12,7 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources.hub import PREFIX
 from allmlp.decision import Decision
+from allmlp.errors import some_of
 from allmlp.evaluation.calibration import summary
 from allmlp.evaluation.metrics import METRICS, Evaluation
 from allmlp.models.catalog import architecture_name, family_of
@@ -212,10 +213,8 @@ def model_card(outcome: Outcome) -> str:
         probabilities=probabilities_section(model.decision),
     )
     place = 'In this folder ("."; elsewhere give its path)'
-    history = _HISTORY.format(trained=trained)
-    return _card(
-        model, title, header, place, (measured_text, history, _LICENCE.format(begun=begun))
-    )
+    texts = measured_text, _HISTORY.format(trained=trained), _LICENCE.format(begun=begun)
+    return _card(model, title, header, place, texts)
 
 
 def plain_card(model: Classifier) -> str:
@@ -233,8 +232,7 @@ def _card(
     lines = [f"{key}: {json.dumps(value)}" for key, value in (kind | header).items() if value]
     if not header.get("license"):
         lines.append("# license: not stated; see the end of this page")
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    classes = f"It distinguishes {len(names)} classes: {', '.join(names[:20])}{more}."
+    classes = f"It distinguishes {len(names)} classes: {some_of(names, 20)}."
     measured, history, licence = texts
     return _CARD.format(
         header="\n".join(lines),

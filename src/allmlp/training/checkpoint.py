@@ -42,16 +42,8 @@ FORMAT = 2
 _COMPLETE = re.compile(r"step-\d{8,}")
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -159,8 +151,7 @@ class Checkpoints:
         world.broadcast_from_rank0(lambda: _check_same_tensors(path, tensors))
         with _opened(path) if world.is_main else contextlib.nullcontext() as file:
             for name, tensor in tensors.items():
-                value = None if file is None else file.get_tensor(name)
-                fill_from_rank0(tensor, value, world)
+                fill_from_rank0(tensor, None if file is None else file.get_tensor(name), world)
 
     # Everything below runs on the main process only.
 

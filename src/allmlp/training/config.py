@@ -36,7 +36,6 @@ class Rule:
         return handler.generate_schema(ruled)
 
 
-Int: TypeAlias = Annotated[int, Rule(strict=True)]
 Flag: TypeAlias = Annotated[bool, Rule(strict=True)]
 Real: TypeAlias = Annotated[float, Rule(strict=True, allow_inf_nan=False)]
 Text: TypeAlias = Annotated[str, Rule()]  # paths may contain bytes that are not UTF-8
@@ -587,7 +586,6 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(key: str) -> OptionError:
-    """Returns the error for an unknown setting, with a suggestion."""
     section, _, name = key.rpartition(".")
     owners = [choice.name for choice in _CHOICES.get(section, ()) if hasattr(choice, name)]
     known = list(flat(TrainConfig().to_json()))

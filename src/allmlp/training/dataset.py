@@ -48,24 +48,17 @@ class Splits:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
         """The fingerprint of each split that there is, wherever its images are."""
-        return {
-            name: None if source is None else fingerprint(source, moved=True)
-            for name, source in self._by_name.items()
-        }
+        own = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: None if s is None else fingerprint(s, moved=True) for name, s in own.items()}
 
     def has_fingerprint(self, known: object, split: str) -> bool:
         """Whether this is the fingerprint of a split, in the words of any version."""
-        source = self._by_name[split]
+        source = getattr(self, split)
         if source is None:
             return False
         return known == self.fingerprints[split] or known == fingerprint(source)
 
-    @property
-    def _by_name(self) -> dict[str, Source | None]:
-        return {"train": self.train, "validation": self.validation, "test": self.test}
-
     def describe(self) -> list[str]:
-        """Returns a description of the data, line by line."""
         names, counts = self.train.class_names, self.train.class_counts()
         few, many = int(counts.argmin()), int(counts.argmax())
         validate, test = "none to validate", f"{len(self.test):,}" if self.test else "none"
@@ -182,9 +175,8 @@ def split_data(settings: DataSettings) -> Splits:
 def _open_splits(settings: DataSettings) -> tuple[dict[str, Source], list[str]]:
     """Returns the data's own splits without excluded images, and notes on them."""
     if not settings.source:
-        what = "the recipe needs data"
         fix = "A folder with FOLDER/train/<class>/*.jpg, or another source of data"
-        raise UserError(what, where="data.source", fix=fix)
+        raise UserError("the recipe needs data", where="data.source", fix=fix)
     splits = splits_with_train(settings.source)
     notes, names = notes_of(splits), splits["train"].class_names
     if settings.exclude is not None:

@@ -61,8 +61,7 @@ def fitted_config(
     changes: dict[str, Any] = {}
     splits = None
     if recipe_name is None:
-        source = replace(config.data, holdout=None) if in_grid else config.data
-        splits = split_data(source)
+        splits = split_data(replace(config.data, holdout=None) if in_grid else config.data)
         num_images, device = len(splits.train), choose_device(config.device).type
         base, given_batch = finetune_for(num_images), config.batch_size
         batch, epochs = fitting(num_images, device, given_batch if "batch_size" in own else None)

@@ -23,6 +23,11 @@ _OTHER = "Any other setting, as config.json of a run names it; may be given many
 OTHER_SETTINGS = flag("settings", Repeated, (), _OTHER, flag="set", metavar="KEY=VALUE")
 
 
+def by_last_part(*settings: str) -> dict[str, str]:
+    """Returns {option: setting}, such as "holdout" for "data.holdout"."""
+    return {setting.rpartition(".")[2]: setting for setting in settings}
+
+
 def setting_options(name: str, settings: Mapping[str, str], *more: tuple[str, Any, Any]) -> Any:
     """Returns a dataclass of options from {option: setting}, None by default, and `more` fields."""
     fields = []

@@ -91,13 +91,12 @@ class _Tracker(Logger):
         path = folder / IDS
         ids = parse_json(path.read_bytes()) if path.is_file() else {}
         if new is not None:
-            atomic_write(path, (json.dumps({**ids, self.name: new}, indent=2) + "\n").encode())
+            atomic_write(path, json.dumps({**ids, self.name: new}, indent=2) + "\n")
         return ids.get(self.name)
 
 
 class TensorBoard(_Tracker):
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        del config
         self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -110,7 +109,6 @@ class TensorBoard(_Tracker):
         self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def finish(self, summary: dict[str, float] | None) -> None:
-        del summary
         self.writer.close()
 
 
@@ -118,7 +116,6 @@ class Wandb(_Tracker):
     """wandb, and trackio, which has its interface but knows a run by its name."""
 
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        del step
         old = self.known(folder)
         place: dict[str, Any] = {"name": folder.name, "dir": str(folder), "resume": "allow"}
         if self.name == "wandb":
@@ -149,7 +146,6 @@ class Wandb(_Tracker):
 
 class Mlflow(_Tracker):
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        del step
         old = self.known(folder)
         if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
             self.module.set_experiment(NAME)
@@ -163,7 +159,6 @@ class Mlflow(_Tracker):
         self.module.log_metrics(values, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        del step, name
         self.module.log_artifact(str(path))
 
     def finish(self, summary: dict[str, float] | None) -> None:

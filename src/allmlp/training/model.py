@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -92,11 +92,7 @@ def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = N
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    head = getattr(model, "head", None)
-    if head is None:
-        what = "the model has no head: it returns features, not classes"
-        raise UserError(what, fix="Create or load it without num_classes=0")
-    return head
+    return cast(nn.Linear, model.head)
 
 
 def _check_channels(model: ImageClassifier, where: str) -> None:
@@ -121,8 +117,7 @@ def _from_weights(
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
     if model.preprocessing is None or model.preprocessing.kind == "images":
         _check_channels(model, source)
-    report = Reporter(quiet=quiet, stderr=True)
-    model, names, new = _with_head_for(model, class_names, report)
+    model, names, new = _with_head_for(model, class_names, Reporter(quiet=quiet, stderr=True))
     if settings.head_bias and new:
         set_head_bias(model, settings.head_bias, new)
     if settings.overrides:  # from `ModelSettings`; these do not change the tensors

@@ -142,9 +142,7 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
     The optimizer state is created here, all zeros, not in the first step, so that a run always has
     the same tensors and can be saved before it starts.
     """
-    trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, optimizers = settings.learning_rate, []
     if isinstance(settings, settings_of.SGD):
         # On a GPU fused, as only then it refuses non-finite updates itself (`Updater`).
@@ -234,7 +232,6 @@ def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Updates the weights with this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate

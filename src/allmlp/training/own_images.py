@@ -12,7 +12,6 @@ from allmlp.data.source import Source
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_source, open_splits
 from allmlp.errors import UserError
-from allmlp.evaluation.metrics import Evaluation
 from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import MOST_CHECKED, split_data
@@ -30,12 +29,6 @@ class Measured:
     are_held_out: bool = False  # whether these are the images that the model's run held out
     trained_on: int | None = None  # number of them in the training set; None: unknown
     notes: tuple[str, ...] = ()
-
-    def describe(self, result: Evaluation) -> Evaluation:
-        """Adds this information to the result of a measurement."""
-        result.are_held_out, result.trained_on = self.are_held_out, self.trained_on
-        result.notes = list(self.notes)
-        return result
 
 
 def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:

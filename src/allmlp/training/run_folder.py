@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from allmlp.errors import UserError
 from allmlp.io import (
     atomic_write,
     csv_text,
+    expand,
     locked,
     parse_json,
     path_in_errors,
@@ -30,6 +32,7 @@ from allmlp.training.config import TrainConfig, flat
 from allmlp.training.dataset import Splits
 from allmlp.training.loggers import Loggers
 from allmlp.weights.description import WEIGHTS
+from allmlp.weights.load import weights_fingerprint
 
 TRAINING_IMAGES = "training_images.txt"
 # Settings that affect where and how fast a run computes, but not what: they may change on resume.
@@ -113,6 +116,14 @@ def check_same(old: TrainConfig, new: TrainConfig) -> None:
         raise UserError(what, where=old.output, fix=fix, code="other-run")
 
 
+def first_weights(run: Path) -> str | None:
+    """Returns the fingerprint of the weights that a run began with; None if it is not known."""
+    try:
+        return parse_json((run / "environment.json").read_bytes())["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
     """Raises UserError if the images are not those of the run; they may have been moved."""
     old = config_of(path).data.source
@@ -126,9 +137,8 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
         is_same = old == config.data.source  # otherwise compared with the checkpoints' later
     if not is_same:
         new = config.data.source
-        raise other_images(
-            path, "" if old == new else f": data.source is {old!r} there, {new!r} here"
-        )
+        moved = "" if old == new else f": data.source is {old!r} there, {new!r} here"
+        raise other_images(path, moved)
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
@@ -158,8 +168,13 @@ def planned_path(config: TrainConfig) -> Path:
     return path
 
 
-def environment(config: TrainConfig, splits: Splits, device: torch.device) -> dict[str, Any]:
-    """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints."""
+def environment(
+    config: TrainConfig, splits: Splits, device: torch.device, best: Path | None
+) -> dict[str, Any]:
+    """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints.
+
+    That of the first weights is None where they are gone, and `best` stands in for them.
+    """
     found = splits.fingerprints
     data: dict[str, Any] = {
         "training_images": len(splits.train),
@@ -167,7 +182,10 @@ def environment(config: TrainConfig, splits: Splits, device: torch.device) -> di
         "validation": found["validation"],
         "test": found["test"],
     }
-    return {**environment_info(device), "seed": config.seed, "data": data}
+    source = config.model.weights
+    is_there = source and (best is None or expand(source).exists())
+    weights = weights_fingerprint(str(source)) if is_there else None
+    return {**environment_info(device), "seed": config.seed, "data": data, "weights": weights}
 
 
 class RunFolder:
@@ -281,12 +299,10 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """Returns the readable lines of a run's metrics.jsonl."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             values = parse_json(line)
             if "step" in values and all(isinstance(v, int | float) for v in values.values()):
                 found.append(values)
-        except (ValueError, TypeError, AttributeError):
-            continue
     return found
 
 
@@ -299,9 +315,7 @@ def read_results(run: Path) -> list[dict[str, str]]:
         return []
     found = []
     for row in rows:
-        try:
+        with contextlib.suppress(ValueError):
             _ = [float(value) for value in row]
             found.append(dict(zip(header, row, strict=True)))
-        except ValueError:
-            continue
     return found

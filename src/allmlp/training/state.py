@@ -23,7 +23,7 @@ from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
-from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, other_images
+from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, first_weights, other_images
 from allmlp.training.step import StepResult, Updater
 from allmlp.weights.save import save_model
 
@@ -70,12 +70,6 @@ class RunState:
         keep = max(1, self.config.keep_checkpoints)
         self.checkpoints = Checkpoints(run.folder.checkpoints, keep, self.world, run.report.say)
 
-    def __enter__(self) -> RunState:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.checkpoints.close()
-
     @property
     def mean_loss(self) -> float:
         """Mean training loss over the steps since the last evaluation."""
@@ -110,6 +104,8 @@ class RunState:
             was, now = values["precision"], self.run.compute.precision
             if was != now:
                 say(f"note     the run computed in {was} before, and continues in {now}")
+            if details["weights"] and first_weights(folder.path) not in (None, details["weights"]):
+                say(f"note     {self.config.model.weights} has changed since the run began with it")
         elif is_old:
             self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")
@@ -161,7 +157,6 @@ class RunState:
         self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
 
     def note_step(self, result: StepResult) -> None:
-        """Adds up the loss of a step."""
         self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
         self.last_rate = result.learning_rate
 
@@ -192,10 +187,8 @@ class RunState:
     def keep_best(self, model: ImageClassifier, card: str) -> None:
         """Copies the best model, which the next save writes to best/ before its checkpoint."""
         values = {id(value): value.to("cpu", copy=True) for value in model.buffers()}
-        for parameter in model.parameters():
-            values[id(parameter)] = nn.Parameter(
-                parameter.to("cpu", copy=True), parameter.requires_grad
-            )
+        for p in model.parameters():
+            values[id(p)] = nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
         copied, folder = copy.deepcopy(model, values), self.run.folder
 
         def write() -> None:

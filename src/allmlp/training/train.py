@@ -17,13 +17,7 @@ from torch import Tensor
 from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
-from allmlp.data.loader import (
-    CPU,
-    Batch,
-    choose_workers,
-    most_workers,
-    training_batches,
-)
+from allmlp.data.loader import CPU, Batch, choose_workers, most_workers, training_batches
 from allmlp.data.sampler import Order, step_generator
 from allmlp.data.source import BadImage, check_one_label
 from allmlp.data.source_spec import parse_name
@@ -167,7 +161,7 @@ def train(
             *(device, compute.precision, config.num_threads), step_operations=operations
         )
         stack.enter_context(threads)
-        details = world.broadcast_from_rank0(lambda: environment(config, splits, device))
+        details = world.broadcast_from_rank0(lambda: environment(config, splits, device, best))
 
         # Files are written from here on, but not in a dry run.
         report = Reporter(quiet=is_quiet)
@@ -177,11 +171,11 @@ def train(
         stack.callback(folder.close)
         if writes:
             report.log_to(folder.path / "log.txt")
-            trackers = map(tracker, config.trackers)
-            folder.loggers = Loggers([*trackers, *callbacks], report.say)
+            folder.loggers = Loggers([*map(tracker, config.trackers), *callbacks], report.say)
         run = Run(config, splits, folder, report, compute, world, num_steps)
         announce(run, model, in_study=in_study)
-        state = stack.enter_context(RunState(run, model))
+        state = RunState(run, model)
+        stack.callback(state.checkpoints.close)
         if not dry_run:
             state.begin(details, is_old)
         elif is_old:  # the time of what is left
@@ -446,7 +440,6 @@ class Trainer:
         state.save(is_best=True)
 
     def train_step(self, step: int, batch: Batch) -> None:
-        """Updates the weights with one batch."""
         state, run = self.state, self.run
         images, targets, depth, dropout_seed = self.inputs(step, batch)
         if step == 0 and run.world.is_main:
@@ -531,9 +524,8 @@ class Trainer:
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
                 self.run_folder.draw_curves()
                 self.last_drawn = time.perf_counter() - self.started
-        self.report.say(
-            f"{text}   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
-        )
+        text += f"   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
+        self.report.say(text)
         if state.is_out_of_patience and state.step < self.run.num_steps:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
         self.last_line = time.perf_counter() - self.started
@@ -584,6 +576,5 @@ class Trainer:
         self.state.checkpoints.wait()
         last = self.state.last_checkpoint
         what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"
-        lower = self.config.optimizer.learning_rate / 3
-        fix = f"A lower learning_rate, in a new run: {lower:.1g}"
+        fix = f"A lower learning_rate, in a new run: {self.config.optimizer.learning_rate / 3:.1g}"
         raise DivergedError(what, where=self.run_folder.path, fix=fix, code="diverged")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from allmlp import plots
 from allmlp.data.source import Source
-from allmlp.errors import plural
+from allmlp.errors import plural, some_of
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.io import atomic_write
 from allmlp.models.layers import Classifier, preprocessing_of
@@ -145,17 +145,15 @@ def _concerns(outcome: Outcome, run: Path) -> Iterable[str]:
     counts = train.class_counts()
     few = [f"{train.class_names[at]} ({counts[at]})" for at in np.flatnonzero(counts < _ENOUGH)]
     if few:
-        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
-        yield f"few training images, fewer than {_ENOUGH}: {', '.join(few[:8])}{more}"
+        yield f"few training images, fewer than {_ENOUGH}: {some_of(few)}"
     if are_too_few(outcome.config, outcome.model.num_parameters, len(train)):
         yield (
             f"{len(train):,} images are few for random weights: begin with trained ones "
             "(mixer finetune CHECKPOINT --data FOLDER)"
         )
     names = ("training_loss", "validation_loss")  # the latter only with validation images
-    losses = [
-        [float(row[name]) for name in names] for row in read_results(run) if row.keys() >= {*names}
-    ]
+    rows = (row for row in read_results(run) if row.keys() >= {*names})
+    losses = [[float(row[name]) for name in names] for row in rows]
     best, last = min(losses, key=lambda row: row[1], default=[]), losses[-1:]
     if best and last[0][1] > 1.2 * best[1] and last[0][0] < best[0]:
         yield (

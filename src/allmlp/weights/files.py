@@ -42,19 +42,21 @@ class WeightsFile:
     container: str  # "safetensors", "npz" or "torch"
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    chosen: str = ""  # "state_dict, not state_dict_ema", if there is a choice
 
 
 def read_weights(path: Path) -> WeightsFile:
     """Returns a file's tensors; UserError if it is damaged, malicious or something else."""
     container = _container(path)
     metadata: dict[str, str] = {}
+    chosen = ""
     try:
         if container == "safetensors":
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
         else:
-            tensors = _read_npz(path) if container == "npz" else _read_torch(path)
+            tensors, chosen = (_read_npz(path), "") if container == "npz" else _read_torch(path)
     except UserError:
         raise
     except Exception as error:  # damaged or malicious files can raise anything
@@ -62,7 +64,7 @@ def read_weights(path: Path) -> WeightsFile:
     tensors = _without_prefixes(tensors)
     if not tensors:
         raise UserError("the file holds no tensors", where=path)
-    return WeightsFile(path, container, tensors, metadata)
+    return WeightsFile(path, container, tensors, metadata, chosen)
 
 
 def _damaged(path: Path, container: str, error: object) -> UserError:
@@ -141,7 +143,7 @@ def fingerprint(path: Path) -> str:
     return f"crc32:{zlib.crc32(sums.encode()):08x}"
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], str]:
     if path.suffix == ".safetensors":
         what = "a torch pickle under the name of a safetensors file"
         raise _hostile(path, what, "Ask its author, or call it what it is (.pth)")
@@ -164,10 +166,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             raise
         what = f"the file is not plain tensors and could run code ({found[1] or found[2]:.80})"
         raise _hostile(path, what, "Ask its author for a safetensors file") from error
+    chosen = ""
     for _ in range(3):  # the tensors are bare, or under one of `CONTAINERS`
-        known = CONTAINERS if isinstance(loaded, Mapping) else ()
-        inner = [loaded[key] for key in known if isinstance(loaded.get(key), dict)]
-        loaded = inner[0] if inner else loaded
+        entries = loaded.items() if isinstance(loaded, Mapping) else ()
+        parts = [key for key, value in entries if isinstance(value, dict)]
+        inner = [key for key in CONTAINERS if key in parts]
+        if inner:
+            averages = [key for key in parts if "ema" in str(key).split("_")]
+            chosen = f"{inner[0]}, not {averages[0]}" if averages else chosen
+            loaded = loaded[inner[0]]
     values = loaded if isinstance(loaded, Mapping) else {}
     tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
     tensors.pop("n_averaged", None)  # of torch's AveragedModel, beside "module."
@@ -177,7 +184,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     size, claimed = path.stat().st_size, sum(tensor.nbytes for tensor in tensors.values())
     if claimed > 2 * size + 2**20:
         raise _hostile(path, f"the tensors claim {claimed:,} bytes, the file has {size:,}")
-    return tensors
+    return tensors, chosen
 
 
 _DEEPEST = 50  # levels: hashing a tuple nested as deeply as its file is long kills the process

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from allmlp.console import Reporter
 from allmlp.decision import Decision
 from allmlp.errors import UserError, near_names, one_of, plural
-from allmlp.io import expand, parse_json
+from allmlp.io import expand, parse_json, sha256_of
 from allmlp.models.catalog import architectures, family_of, model_from_config
 from allmlp.models.family import ModelConfig, Size, is_integer, size_text
 from allmlp.models.layers import Classifier, ImageClassifier, checked_names, preprocessing_of
@@ -29,7 +29,7 @@ from allmlp.weights.checkpoints import (
     checkpoint_of_file,
     find_checkpoint,
 )
-from allmlp.weights.description import CONFIG, WEIGHTS, check_shapes, describe
+from allmlp.weights.description import CONFIG, PICKLED, WEIGHTS, check_shapes, describe
 from allmlp.weights.download import (
     HUB_PREFIX,
     cache_folder,
@@ -150,6 +150,8 @@ def _from_file(
     path, checkpoint = locate(source, report)
     file = read_weights(path)
     description = describe(file, checkpoint, size)
+    if file.chosen:
+        report.say(f"note     the tensors are those of {file.chosen}")
     for note in description.notes:
         report.say(f"note     {note}")
     check_shapes(description, file)
@@ -290,6 +292,18 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
     fix = f"{near_names(text, CHECKPOINTS)}Give a run folder, a .safetensors, .npz or .pth file, "
     fix += "hf:owner/name, or a name of `mixer models --weights`"
     raise UserError(f"no such model: {text!r}", fix=fix, code="unknown-name")
+
+
+def weights_fingerprint(source: str, *, quiet: bool = True) -> str:
+    """Returns the sha256 of the weights file of a source, and of its description if that is a file
+    of its own. A name of timm's stands for itself."""
+    if source.startswith(PREFIX):
+        return source
+    path, _ = locate(source, Reporter(quiet=quiet, stderr=True))
+    beside = path.with_suffix(".json")
+    if path.name in (WEIGHTS, PICKLED):
+        beside = path.with_name(CONFIG)
+    return " ".join(sha256_of(file) for file in (path, beside) if file.is_file())
 
 
 def files_of(source: str | Path) -> list[Path]:

@@ -21,10 +21,10 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
     """Describes a file in lines: contents, preprocessing, tensors, or why it is no model."""
     path, checkpoint = locate(source, Reporter(stderr=True))
     file = read_weights(path)
-    size = path.stat().st_size
+    size, of = path.stat().st_size, f" of {file.chosen}" if file.chosen else ""
     lines = [
         f"file           {path}",
-        f"               {file.container}, {size:,} bytes, {len(file.tensors)} tensors",
+        f"               {file.container}, {size:,} bytes, {len(file.tensors)} tensors{of}",
     ]
     try:
         found = describe(file, checkpoint, image_size)

@@ -90,8 +90,7 @@ def open_splits(
     chosen = [split for split in wanted if split in splits][: 1 if first_of else None]
     if not splits or (spec.split and not chosen):
         where = f" in {spec.split}" if spec.split else ""
-        what = f"none of the images{where} has a label"
-        raise UserError(what, where=spec.source, fix=UNLABELLED)
+        raise UserError(f"none of the images{where} has a label", where=spec.source, fix=UNLABELLED)
     for split in chosen:
         source = splits[split]
         records[split].prepare()

@@ -131,8 +131,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         note += "; are channels last in the file? They come second" * (channels > width)
         note += f"; not used, as not of one value per row: {', '.join(unused)}" if unused else ""
         for key, records in own.items():
-            notes = (note, *records.notes)
-            found[key] = replace(records, notes=notes, prepare=images.check_finite)
+            found[key] = replace(records, notes=(note, *records.notes), prepare=images.check_finite)
     shapes = {array_shape(records.images): split for split, records in found.items()}
     if len(shapes) > 1:
         what = ", ".join(f"{shape} in {split}" for shape, split in shapes.items())

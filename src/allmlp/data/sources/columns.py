@@ -18,10 +18,8 @@ from allmlp.data.source_spec import SPLITS, Records, SourceSpec, split_named
 from allmlp.errors import UserError, one_of
 
 LABEL_COLUMNS = ("label", "labels", "class", "target")
-_IS_VALID = {
-    **dict.fromkeys(("true", "1", "1.0", "yes"), "validation"),
-    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
-}
+_IS_VALID: dict[str, str] = dict.fromkeys(("true", "1", "1.0", "yes"), "validation")
+_IS_VALID |= dict.fromkeys(("false", "0", "0.0", "no"), "train")
 _ZERO_ONE = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 # Columns that users may expect to be used.
 _SPLITS_OR_GROUPS = (

@@ -35,8 +35,7 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
     _, _, text = spec.base.partition("@")
     if not (spec.base == "digits" or text.isdecimal()):
-        fix = "digits, or digits@1 for another split"
-        raise UserError(f"unknown data {spec.base!r}", fix=fix)
+        raise UserError(f"unknown data {spec.base!r}", fix="digits, or digits@1 for another split")
     seed = int(text or 0)
     images, classes = _read()
     names = [*"0123456789"]

@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ import numpy as np
 from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
-from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, Source
+from allmlp.data.source import FILE, GROUP, ImageFiles, Images, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError, plural, some_of
 from allmlp.names import extra
 
 # Image formats that are not supported, but counted and reported.
@@ -29,12 +30,8 @@ _UNREAD = frozenset(
     )
 )
 # Folders added by a NAS, archive or file system; some contain thumbnails.
-_SYSTEM = frozenset(
-    (
-        *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"),
-        *("system volume information", "lost+found"),
-    )
-)
+_SYSTEM = {"@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin"}
+_SYSTEM |= {"system volume information", "lost+found"}
 _FOLD = r"(?i)folds?[-_. ]?\d+"
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
@@ -61,8 +58,9 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
             _check_class_folders(path, spec.options.get(GROUP))
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
-    group = spec.options.get(GROUP)
-    return {split: _class_folder(path, notes, group) for split, path in splits.items()}
+    group, links = spec.options.get(GROUP), list[str]()
+    found = {split: _class_folder(path, notes, group, links) for split, path in splits.items()}
+    return _with_files(found) if labels and links else found
 
 
 def scan_images(
@@ -70,18 +68,21 @@ def scan_images(
     inside: str = "",
     passed_over: Counter[str] | None = None,
     above: tuple[str, ...] = (),
+    links: list[str] | None = None,
 ) -> Iterator[str]:
     """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
 
-    Links are followed, except to one of the folders `above`.
+    Links are followed, except to one of the folders `above`, and noted in `links`.
     """
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
         return
-    for name, is_folder in _entries(os.path.join(folder, inside)):
+    for name, is_folder, is_link in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
+        if is_link and links is not None:
+            links.append(path)
         if is_folder:
-            yield from scan_images(folder, path, passed_over, (*above, here))
+            yield from scan_images(folder, path, passed_over, (*above, here), links)
         elif suffix in SUFFIXES:
             yield path
         elif passed_over is not None:  # ".jpg_large" looks like an image, too
@@ -114,16 +115,16 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
-def _entries(folder: str) -> list[tuple[str, bool]]:
-    """The visible names in a folder, sorted, with whether each is a folder."""
+def _entries(folder: str) -> list[tuple[str, bool, bool]]:
+    """The visible names in a folder, sorted, with whether each is a folder, and whether a link."""
     inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
         inside = archive.entries(folder)
     if inside is not None:
-        found = [*inside.items()]
+        found = [(name, is_folder, False) for name, is_folder in inside.items()]
     else:
         with os.scandir(folder) as entries:
-            found = [(entry.name, _is_folder(entry)) for entry in entries]
+            found = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
     return sorted(e for e in found if e[0][0] != "." and e[0].casefold() not in _SYSTEM)
 
 
@@ -135,18 +136,21 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def loose_image(folder: Path) -> str | None:
-    files = (name for name, is_folder in _entries(str(folder)) if not is_folder)
+    files = (name for name, is_folder, _ in _entries(str(folder)) if not is_folder)
     return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of a folder's visible subfolders in natural order."""
-    names = (name for name, is_folder in _entries(str(folder)) if is_folder)
+    names = (name for name, is_folder, _ in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
 
-def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Records:
+def _class_folder(
+    folder: Path, notes: tuple[str, ...], group: str | None, links: list[str]
+) -> Records:
     classes = subfolders(folder)
+    links += [str(path) for path in (folder, *map(folder.joinpath, classes)) if path.is_symlink()]
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
     counts, passed_over = array("q"), Counter[str]()
@@ -154,7 +158,7 @@ def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Re
     def paths() -> Iterator[str]:
         for name in classes:
             counts.append(0)
-            for path in scan_images(str(folder / name), passed_over=passed_over):
+            for path in scan_images(str(folder / name), passed_over=passed_over, links=links):
                 counts[-1] += 1
                 yield os.path.join(name, path)
             if counts[-1] == 0:
@@ -171,6 +175,38 @@ def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Re
     return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
 
 
+def _with_files(splits: dict[str, Records]) -> dict[str, Records]:
+    """Notes files that are there twice by links; UserError if one is in train and another split."""
+    seen: dict[str, tuple[str, str]] = {}  # file -> split and name of its first image
+    found: dict[str, Records] = {}
+    for split, records in splits.items():
+        names = [records.images.item_name(at) for at in range(len(records.images))]
+        files = [*map(_file_of, names)]
+        for name, file in zip(names, files, strict=True):
+            other, first = seen.setdefault(file, (split, name))
+            if other == "train" != split:
+                what = f"an image is in two splits: by a link it is the same file as {first}"
+                raise UserError(what, where=name, fix="Keep one of the two")
+        images, places, notes = records.images, np.arange(len(files)), records.notes
+        if not isinstance(images, Source):
+            images = Source("", [], places, images, places)
+        images = replace(images, columns={**images.columns, FILE: PackedStrings(files)})
+        twice = len(files) - len({*files})
+        if twice:
+            what = f"{plural(twice, 'image')} there twice by links: both are counted, and holdouts"
+            notes = (*notes, f"{what} and folds keep them together")
+        found[split] = replace(records, images=images, notes=notes)
+    return found
+
+
+def _file_of(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:  # reported as a bad image
+        return path
+    return f"{found.st_dev} {found.st_ino}"
+
+
 def _group_of(path: str, group: str, folder: Path) -> str:
     """The folder inside the class folder, or what stands before a mark in the file's name."""
     inner = Path(path).parts[1:]
@@ -179,9 +215,8 @@ def _group_of(path: str, group: str, folder: Path) -> str:
         found, mark, _ = Path(path).name.partition(group)
         found *= bool(mark)
     if not found:
-        what = f"no group={group} in the name of an image"
         fix = "group=folder (<class>/<group>/*.jpg), or a mark in all names: group=_ (p1_07.jpg)"
-        raise UserError(what, where=folder / path, fix=fix)
+        raise UserError(f"no group={group} in the name of an image", where=folder / path, fix=fix)
     return found
 
 
@@ -189,7 +224,7 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
     """Checks that the class folders are not actually splits, folds or wrapper folders."""
     classes = subfolders(folder)
     check_twins(classes, folder)
-    listed = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" * (len(classes) > 8))
+    listed = some_of(classes)
     shared: set[str] = set()  # subfolders of every class
     if classes and not any(loose_image(folder / name) for name in classes):
         shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))

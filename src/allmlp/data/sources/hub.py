@@ -65,8 +65,7 @@ def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     for split in SPLITS:
         theirs = [name for name in loaded if split_named(str(name)) == split]
         if len(theirs) > 1:
-            what = f"two splits for one: {' and '.join(theirs)}"
-            raise UserError(what, where=spec.source)
+            raise UserError(f"two splits for one: {' and '.join(theirs)}", where=spec.source)
         for name in theirs:
             if len(loaded[name]):
                 splits[split] = _open_split(loaded[name], spec, split, labels)

@@ -218,8 +218,7 @@ def pack_splits(
                 }
                 manifest = {"format": FORMAT, "version": VERSION, "splits": described}
                 # Commits all files at once.
-                text = json.dumps(manifest, indent=1) + "\n"
-                atomic_write(folder / MANIFEST, text.encode())
+                atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     finally:
         known = {file.name for _, files in _read_manifest(folder).values() for file in files}
         for name in set(names) - known:  # after a failure
@@ -280,8 +279,7 @@ def _write_split(
         size += length
     if not rows:
         reason = f"; the first: {packed.bad[0].what}" if packed.bad else ""
-        what = f"none of the {len(source)} images can be read{reason}"
-        raise UserError(what, where=source.name)
+        raise UserError(f"none of the {len(source)} images can be read{reason}", where=source.name)
     write()
     return packed
 

@@ -19,13 +19,7 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
 from allmlp.data.source import GROUP, Images, PackedBytes
-from allmlp.data.source_spec import (
-    LABEL_OPTIONS,
-    Kind,
-    Records,
-    SourceSpec,
-    by_split,
-)
+from allmlp.data.source_spec import LABEL_OPTIONS, Kind, Records, SourceSpec, by_split
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError
 from allmlp.io import parse_json
@@ -239,8 +233,7 @@ class ParquetImages:
 
 
 def open_file(file: str) -> Any:
-    what = "reading Parquet files needs pyarrow"
-    parquet = import_extra("pyarrow.parquet", "data", what, file)
+    parquet = import_extra("pyarrow.parquet", "data", "reading Parquet files needs pyarrow", file)
     with _damage_reported(file):
         # Without threads, for use in forked workers.
         return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)

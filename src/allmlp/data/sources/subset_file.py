@@ -115,8 +115,7 @@ def write_subset_file(path: Path, subset: SubsetFile) -> None:
     values = {"format": FORMAT, "version": VERSION, **asdict(subset)}
     if subset.labels is None:
         del values["labels"]
-    text = json.dumps(values, indent=2) + "\n"
-    atomic_write(path, text.encode(errors="surrogateescape"))
+    atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_subset_file(path: Path) -> SubsetFile:
@@ -143,9 +142,7 @@ def read_subset_file(path: Path) -> SubsetFile:
     if base.suffix.lower() == SUFFIX:
         what = f"a subset of a subset: {values['source']!r}"
         raise UserError(what, where=path, fix="Name the source itself")
-    return SubsetFile(
-        values["source"], {split: tuple(parts) for split, parts in splits.items()}, rule
-    )
+    return SubsetFile(values["source"], {k: tuple(parts) for k, parts in splits.items()}, rule)
 
 
 def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, Source]:

@@ -30,9 +30,7 @@ def open_tars(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     """Returns the splits, taken from the tars' names."""
     found: dict[str, Records] = {}
     for split, files in by_split(spec.path.glob("*.tar")).items():
-        samples: list[tuple[tuple[int, int, int], str, Any]] = []
-        for number, file in enumerate(files):
-            samples += _samples(file, number, labels)
+        samples = [sample for at, file in enumerate(files) for sample in _samples(file, at, labels)]
         if not samples:
             raise UserError("the tars have no images", where=files[0], fix=f"Endings: {SUFFIXES}")
         places, names, cells = zip(*samples, strict=True)
@@ -98,8 +96,7 @@ def _label(name: str, text: bytes, path: str) -> Any:
         value = parse_json(text)
         return value.get("label", value.get("cls")) if isinstance(value, dict) else None
     except ValueError as error:
-        what = f"the label cannot be read: {error}"
-        raise UserError(what, where=f"{path}:{name}") from error
+        raise UserError(f"the label cannot be read: {error}", where=f"{path}:{name}") from error
 
 
 def _numbered_by(index: Path, cells: tuple[Any, ...]) -> RawLabels:
