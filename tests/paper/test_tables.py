@@ -14,6 +14,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from allmlp.errors import UserError
 from allmlp.paper import figures, published
 from allmlp.paper.tables import Tables, tables
 from conftest import mixer
@@ -176,6 +177,8 @@ def test_a_run_folder(tmp_path, drawn, trained):
     (run / "config.json").write_text(json.dumps(config))
     tables([tmp_path / "in"], output=str(tmp_path / "out"), overwrite=True)
     assert drawn["cost"] == []
+    with pytest.raises(UserError, match="an input that is read"):
+        tables([tmp_path / "in"], output=str(run / "plots"))
 
 
 def everything(folder: Path) -> Path:
