@@ -165,7 +165,7 @@ def check_every_gradient(model: am.ImageClassifier) -> None:
         model: in float64, where rounding is 1e-16 of the largest gradient and no other below 1e-6.
     """
     assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == set()
-    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters()}  # pyright: ignore
+    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters()}
     assert all(np.isfinite(list(largest.values())))
     limit = 1e-9 * max(largest.values())
     is_silent = isinstance(model, am.MlpMixer) and model.config.token_mixing == "shared"

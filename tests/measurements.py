@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from allmlp.weights.checkpoints import find_checkpoint
+from allmlp.weights.checkpoints import CHECKPOINTS
 
 ARCHITECTURE = {
     "family": "mixer",
@@ -47,10 +47,7 @@ def model(name: str = "mixer_b16", source: str = "mixer_b16.i21k") -> dict[str, 
 
 def imagenet(**changes: Any) -> dict[str, Any]:
     """An evaluation on the 50,000 validation images of ImageNet."""
-    checkpoint = find_checkpoint("mixer_b16.i1k")
-    assert checkpoint is not None
-    names = checkpoint.class_names()
-    assert names is not None
+    names = CHECKPOINTS["mixer_b16.i1k"].class_names()
     values: dict[str, Any] = {
         "model": model(),
         "data": "imagenet:validation",

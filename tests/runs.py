@@ -136,7 +136,6 @@ class Process:
     def wait(self, seconds: float = 60.0) -> int:
         """Returns the exit code."""
         until(lambda: self.poll() is not None, seconds)
-        assert self.code is not None
         return self.code
 
     def kill(self) -> int:
@@ -249,8 +248,6 @@ class Nursery:
         )
 
     def ask(self, order: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

@@ -77,7 +77,7 @@ def pretend(
             return SimpleNamespace(top1=top1, figures=figures.items, **shown)
 
         test = None if "/grid/" in str(run) else measured(accuracy)
-        return TrainResult(run, measured(0.9), test)  # type: ignore[arg-type]
+        return TrainResult(run, measured(0.9), test)
 
     monkeypatch.setattr(sweep, "train", train)
     return asked

@@ -133,7 +133,6 @@ def test_a_training_step_computes_every_gradient_and_moves_no_weight():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         if "token_mixing.dense_1.bias" not in name:  # zero but for rounding
-            assert parameter.grad is not None
             assert parameter.grad.abs().max() > 0, name
 
 
@@ -232,7 +231,6 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
     assert cost["device_days"] == pytest.approx(4_500_000 / rate / 86_400)
     assert cost["operations"] == 3 * model["flops"] * 4_500_000
     again = quick((), recipe="digits", images=1000).recipe
-    assert again is not None
     assert again["images_seen"] == 100_000
 
 

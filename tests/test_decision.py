@@ -51,7 +51,7 @@ def test_probabilities_and_answers():
 )
 def test_values_out_of_range(wrong: dict[str, object]):
     with pytest.raises(ValueError, match=r"Decision"):
-        am.Decision(**wrong)  # pyright: ignore[reportArgumentType]
+        am.Decision(**wrong)
 
 
 @pytest.mark.parametrize("decision", [am.Decision(), SINGLE, MULTI])

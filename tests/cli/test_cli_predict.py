@@ -27,7 +27,7 @@ def photos(tmp_path: Path) -> Path:
 def give(monkeypatch: pytest.MonkeyPatch, data: bytes, is_terminal: bool = False) -> None:
     """Puts something on standard input."""
     stream = io.BytesIO(data)
-    stream.isatty = lambda: is_terminal  # pyright: ignore[reportAttributeAccessIssue]
+    stream.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
 
 

@@ -56,7 +56,6 @@ def test_the_report_counts_everything(odd_folder: Path):
     readable = (odd_folder / "train").rglob("*.*")
     size = sum(path.stat().st_size for path in readable if path.stem not in ("cut", "text"))
     assert train["num_bytes"] == size
-    assert duplicates is not None
     assert duplicates.counts()["validation"]["train"] == 1
     assert duplicates.other_label().sum() == 1
 

@@ -81,20 +81,17 @@ def test_a_group_is_on_one_side_of_the_holdout(tmp_path: Path):
     name = listed(tmp_path, ROWS)
     for holdout in (None, 0.3):
         splits = split_data(DataSettings(source=f"{name}#group=patient", holdout=holdout))
-        assert splits.validation is not None
         assert not patients(splits.train) & patients(splits.validation)
         assert len(splits.train) + len(splits.validation) == 60
         assert len(splits.validation) == round(60 * (holdout or 0.1))
         assert f"{len(splits.validation) // 3} of 20 groups" in splits.describe()[0]
     plain = split_data(DataSettings(source=name))
-    assert plain.validation is not None
     assert patients(plain.train) & patients(plain.validation)
 
 
 def test_groups_that_cannot_be_held_out(tmp_path: Path):
     three = listed(tmp_path, [("xy"[at % 2], at // 20) for at in range(60)])
     splits = split_data(DataSettings(source=f"{three}#group=patient"))
-    assert splits.validation is not None
     assert len(splits.validation) == 20  # more than a tenth, and the least there is
     for rows in ([("xy"[at % 2], "xy"[at % 2]) for at in range(20)], [("x", 1), ("y", 1)]):
         with pytest.raises(UserError, match="no group") as error:
@@ -113,7 +110,6 @@ def test_folds(tmp_path: Path):
     held: list[str] = []
     for number in range(1, 6):
         splits = split_data(DataSettings(source=name, fold=(number, 5)))
-        assert splits.validation is not None
         own, rest = (
             {s.item_name(at) for at in range(len(s))} for s in (splits.validation, splits.train)
         )
@@ -213,7 +209,6 @@ def test_groups_of_class_folders(tmp_path: Path, group: str, path: str):
         file.parent.mkdir(parents=True, exist_ok=True)
         draw(number).save(file)
     splits = split_data(DataSettings(source=f"{tmp_path / 'data'}#group={group}", holdout=0.2))
-    assert splits.validation is not None
     sides = [set(values_of(part, "group") or ()) for part in (splits.train, splits.validation)]
     assert len(sides[0] | sides[1]) == 10
     assert not sides[0] & sides[1]

@@ -217,9 +217,7 @@ def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, 
 
 @killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
-def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(
-    class_folder: Path, tidy
-):
+def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(class_folder, tidy):
     """torch's own handler would raise in the middle of the model."""
     source = open_splits(str(class_folder))["train"]
     others = children()  # of other tests, which still need them

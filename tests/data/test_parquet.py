@@ -68,7 +68,7 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def test_bytes_and_labels(tmp_path: Path, held: bool):
     name = write(tmp_path / "x.parquet", [at % 2 for at in range(8)], ["cat", "ant"])
     source = open_source(name)
-    assert source.images.hold() is held  # pyright: ignore
+    assert source.images.hold() is held
     assert source.class_names == ["cat", "ant"]  # their order is the metadata's
     assert source.labels.tolist() == [0, 1] * 4
     assert source.labels.dtype == np.int64
@@ -216,7 +216,7 @@ def test_stored_small_and_large_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     for room in (10**9, 10 * len(big)):
         monkeypatch.setattr(parquet, "HELD_BYTES", room)
         source = open_source(name)
-        assert source.images.hold() is (room == 10**9)  # pyright: ignore
+        assert source.images.hold() is (room == 10**9)
         assert source.read(29) == big
 
 

@@ -41,7 +41,6 @@ EXAMPLE = ROOT / "examples" / "classify_onnx.py"
 def small_resnet() -> am.ImageClassifier:
     torch.manual_seed(0)
     model = am.create_model("small_resnet", 8, 5, width=8, num_stages=2, num_blocks=1)
-    assert model.head is not None
     torch.nn.init.normal_(model.head.weight)
     return model
 
@@ -150,7 +149,6 @@ def test_uint8_input_with_the_permutation_inside(tmp_path: Path):
     pixels = random_images(model, 3)
     with torch.no_grad():
         exact = model.eval()(normalize(pixels, how))
-    assert file.preprocessing is not None
     assert file.preprocessing.permutation == "none"  # what is left to do outside
     raw = file.run(np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()))
     for found in (
@@ -164,9 +162,7 @@ def test_uint8_input_with_the_permutation_inside(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_resized_run_from_the_command_line(
-    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_resized_run_from_the_command_line(trained, tmp_path, capsys):
     run, output = trained.run_folder, tmp_path / "digits16.onnx"
     flags = ("--image-size", 16, "--data", "digits:test[:50]")
     code, out, err = mixer(capsys, "export", run, "--output", output, *flags)
@@ -180,12 +176,7 @@ def test_a_resized_run_from_the_command_line(
 
 
 @pytest.mark.slow
-def test_a_file_that_fails_is_not_kept(
-    trained: am.TrainResult,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_a_file_that_fails_is_not_kept(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(module.LARGEST_DIFFERENCE, "float32", -1.0)
     before = tmp_path / "m.onnx"
     before.write_bytes(b"the one before")
@@ -436,8 +427,6 @@ def test_descriptions_that_are_damaged(nameless: Path, tmp_path: Path):
 def example() -> ModuleType:
     """examples/classify_onnx.py as a module."""
     spec = importlib.util.spec_from_file_location("classify_onnx", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -449,9 +438,7 @@ def nameless(exported: Path) -> Path:
     return rewritten(exported, {"class_names": "null"}, exported.with_name("nameless.onnx"))
 
 
-def test_the_example_answers_as_we_do_for_every_kind_of_image(
-    example: ModuleType, nameless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_example_answers_as_we_do_for_every_kind_of_image(example, nameless, tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     kinds = {
@@ -526,9 +513,7 @@ def test_the_example_needs_nothing_of_ours(trained: am.TrainResult, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_example_crops_small_images_where_the_file_says_so(
-    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_example_crops_small_images_where_the_file_says_so(example, tmp_path, capsys):
     model = tiny_model(image_size=16)
     model.class_names = [f"class {at}" for at in range(7)]
     draw(0, (12, 10)).save(tmp_path / "a.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def noise(model: am.ImageClassifier, count: int, name: str) -> Source:
     with torch.no_grad():
         labels = model.eval()(normalize(images, preprocessing_of(model))).argmax(1).numpy()
     files = PackedBytes(encode(Image.fromarray(image)) for image in pixels)
-    assert model.class_names is not None
     return labelled(EncodedImages(files, name), name, model.class_names, labels)
 
 
@@ -105,9 +103,7 @@ def test_int8_that_costs_too_much_is_not_written(tmp_path: Path):
         (small_cycle, 25),
     ],
 )
-def test_int8_of_other_families(
-    build: Callable[[], am.ImageClassifier], layers: int, tmp_path: Path
-):
+def test_int8_of_other_families(build, layers, tmp_path):
     model = named(build())
     report = int8(model, tmp_path / "m.onnx", max_accuracy_drop=100)
     assert (report.num_layers, report.kept) == (layers, [])

@@ -140,15 +140,11 @@ def test_mistakes():
     assert caught.value.code == "wrong-type"
 
 
-def test_a_run_calibrates_itself_and_answers_unsure(
-    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     run = trained.run_folder
     model = am.load_model(run)
-    assert trained.validation is not None
     expected = fit_temperature(trained.validation.logits, trained.validation.labels)
     assert model.decision.temperature == expected
-    assert trained.test is not None
     assert trained.test.decision == model.decision
     card = (run / "best/README.md").read_text()
     assert "fitted on" in card
@@ -160,7 +156,6 @@ def test_a_run_calibrates_itself_and_answers_unsure(
     assert code == 0, err
     sure = am.load_model(output)
     threshold = sure.decision.unsure_below
-    assert threshold is not None
     assert '"unsure" below' in (output / "README.md").read_text()
     assert str(tmp_path) not in (output / "config.json").read_text()
     assert re.search(r"0\.9 +\d", out)

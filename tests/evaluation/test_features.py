@@ -56,9 +56,7 @@ def test_they_are_the_models(source: Source, compute: Compute):
     np.testing.assert_allclose(found.values, expected.numpy(), atol=1e-6)
 
 
-def test_a_hit_gives_equal_bits_and_runs_nothing(
-    compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_hit_gives_equal_bits_and_runs_nothing(compute, tmp_path, monkeypatch):
     model = tiny_model()
     seen: list[int] = []
     first = compute(model, on_batch=lambda batch: seen.append(len(batch.labels)))

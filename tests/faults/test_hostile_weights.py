@@ -162,9 +162,7 @@ def test_load_model(tmp_path: Path, name: str):
         ["models", "--inspect", "FILE"],
     ],
 )
-def test_every_command_ends_with_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: list[str]
-):
+def test_every_command_ends_with_one_message(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pth"
     path.write_bytes(ATTACKS["evil.pth"]())
@@ -263,9 +261,7 @@ def test_the_attack_works_where_it_is_not_stopped():
     keep=st.floats(0.3, 1),
 )
 @pytest.mark.slow
-def test_any_damage_is_a_model_or_one_error(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, place: float, change: bytes, keep: float
-):
+def test_any_damage_is_a_model_or_one_error(tmp_path_factory, kind, place, change, keep):
     good = {
         "npz": lambda: GOOD_NPZ,
         "safetensors": safe,

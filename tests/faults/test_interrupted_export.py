@@ -152,7 +152,6 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
         os.utime(theirs, (0, 0))  # however old it is
         with staging_folder(path) as ours:

@@ -99,7 +99,7 @@ def test_forward(name: str):
     assert logits.shape == (3, 5)
     assert features.shape == (3, model.config.hidden_dim)
     assert torch.isfinite(logits).all()
-    assert torch.equal(model.head(features), logits)  # pyright: ignore[reportCallIssue]
+    assert torch.equal(model.head(features), logits)
     torch.testing.assert_close(model(images[1:]), logits[1:], atol=1e-5, rtol=1e-5)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
     headless = build(name, num_classes=0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import allmlp as am
 from allmlp.models.layers import StochasticDepth
-from allmlp.models.mixer import UntiedLinear, VariantBlock
+from allmlp.models.mixer import UntiedLinear
 from conftest import GOLDEN, TINY, tiny_model
 from google_layout import official_model, our_layout, our_name
 
@@ -116,16 +116,8 @@ def variant(**settings: Any) -> am.MlpMixer:
     """On 3 x 4 tokens, with 3 blocks and 16 channels."""
     torch.manual_seed(0)
     model = am.create_model("mixer_s16", (12, 16), 5, **{**TINY, "num_blocks": 3, **settings})
-    assert isinstance(model, am.MlpMixer)
-    assert model.head is not None
     torch.nn.init.normal_(model.head.weight)
     return model
-
-
-def first_block(model: am.MlpMixer) -> VariantBlock:
-    block = model.blocks[0]
-    assert isinstance(block, VariantBlock)
-    return block
 
 
 IMAGES = torch.randn(3, 3, 12, 16, generator=torch.Generator().manual_seed(1))
@@ -140,7 +132,7 @@ def test_untied_with_equal_weights_in_all_channels_is_the_tied_one():
     untied.load_state_dict(tensors)
     assert (untied(IMAGES) - plain(IMAGES)).abs().max() < 1e-5
     with torch.no_grad():  # and one channel's weights touch that channel alone
-        block = first_block(untied)
+        block = untied.blocks[0]
         before = block.mix_tokens(torch.ones(1, 12, 16))
         block.token_mixing.dense_0.weight[3] += 1.0
         changed = (block.mix_tokens(torch.ones(1, 12, 16)) - before).abs().amax(dim=(0, 1)) > 0
@@ -148,7 +140,7 @@ def test_untied_with_equal_weights_in_all_channels_is_the_tied_one():
 
 
 def test_a_group_is_its_neighbouring_channels():
-    block = first_block(variant(token_mixing="grouped", token_groups=4))
+    block = variant(token_mixing="grouped", token_groups=4).blocks[0]
     y = torch.randn(2, 12, 16)
     for group in range(4):  # channels 4g to 4g + 3, their columns one below the other
         columns = [y[:, :, 4 * group + at] for at in range(4)]

@@ -15,7 +15,6 @@ import allmlp as am
 from allmlp import sweep
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.models.catalog import create_model, model_config
-from allmlp.models.mixer import MixerConfig
 from allmlp.paper import studies as study_module
 from allmlp.paper.studies import Study, ablations, data_scale, permutation, variants_of
 from allmlp.training.dataset import open_training_data
@@ -184,7 +183,6 @@ def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures
     for kind in orders:
         assert json.loads((runs / kind / "seed-0/config.json").read_text())["seed"] == 0
         kept = am.load_model(runs / kind / "seed-0").preprocessing
-        assert kept is not None
         assert (kept.permutation, kept.permutation_patch) == (
             kind,
             2 if kind == "patches" else None,
@@ -195,9 +193,7 @@ def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures
 
 
 def variants(**settings: Any) -> dict[str, Any]:
-    config = model_config("mixer_s16", **settings)
-    assert isinstance(config, MixerConfig)
-    return variants_of(config)
+    return variants_of(model_config("mixer_s16", **settings))
 
 
 def test_the_variants_are_those_that_a_model_can_have():

@@ -58,14 +58,10 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> am.TrainResult:
     return am.train(config(data, tmp_path_factory.mktemp("run") / "waves"), quiet=True)
 
 
-def test_a_run_learns_and_its_statistics_are_those_of_the_training_part(
-    run: am.TrainResult, data: Path
-):
-    assert run.test is not None
+def test_a_run_learns_and_its_statistics_are_those_of_the_training_part(run, data):
     assert run.test.top1 > 0.9
     model = am.load_model(run.run_folder)
     own, values = model.preprocessing, np.load(data)["x_train"].astype(np.float32)
-    assert own is not None
     assert own.kind == "arrays"
     assert model.config.in_channels == 2
     assert model.config.image_size == (1, 20)
@@ -81,9 +77,7 @@ def test_a_run_learns_and_its_statistics_are_those_of_the_training_part(
     assert not saved["augment"]["flip"]
 
 
-def test_logits_are_those_of_a_script_in_every_form(
-    run: am.TrainResult, data: Path, tmp_path: Path
-):
+def test_logits_are_those_of_a_script_in_every_form(run, data, tmp_path):
     model = am.load_model(run.run_folder).eval()
     file = am.save_model(model, tmp_path / "m.safetensors")
     x = np.load(data)["x_test"]
@@ -137,9 +131,7 @@ def test_a_run_is_the_loop_that_one_would_write(data: Path, tmp_path: Path):
         torch.testing.assert_close(found.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_finetuning_keeps_the_statistics_and_takes_other_lengths(
-    run: am.TrainResult, data: Path, tmp_path: Path
-):
+def test_finetuning_keeps_the_statistics_and_takes_other_lengths(run, data, tmp_path):
     x = np.load(data)["x_train"]
     np.savez(tmp_path / "long.npz", x=np.repeat(x, 2, axis=2), y=np.arange(60) % 3)
     changes = {"model.weights": str(run.run_folder), "data.source": str(tmp_path / "long.npz")}
@@ -149,8 +141,6 @@ def test_finetuning_keeps_the_statistics_and_takes_other_lengths(
     model, before = am.load_model(fine), am.load_model(run.run_folder).preprocessing
     assert model.config.image_size == (1, 40)
     assert model.class_names == ["0", "1", "2"]
-    assert model.preprocessing is not None
-    assert before is not None
     assert (model.preprocessing.mean, model.preprocessing.std) == (before.mean, before.std)
 
 

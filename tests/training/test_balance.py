@@ -74,7 +74,6 @@ def test_a_rare_class_is_named_at_the_end(tmp_path: Path, capsys: pytest.Capture
         result = am.train(config)
         out = capsys.readouterr().out
         assert said in out
-        assert result.test is not None
         warnings = result.test.warnings()
         assert all(f"warning  {line}\n" in out for line in warnings)
         assert "; 95% interval " in out

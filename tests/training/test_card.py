@@ -113,9 +113,7 @@ def test_no_path_of_this_machine(tmp_path: Path):
     assert "weights runs" in card
 
 
-def test_the_code_works_where_the_folder_is(
-    capsys, trained: am.TrainResult, tmp_path: Path, monkeypatch
-):
+def test_the_code_works_where_the_folder_is(capsys, trained, tmp_path, monkeypatch):
     folder = trained.run_folder / "best"
     card = (folder / "README.md").read_text()
     assert str(trained.run_folder) not in card

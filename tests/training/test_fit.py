@@ -141,7 +141,6 @@ def test_a_probe_is_an_ordinary_run(capsys, place: Path, monkeypatch: pytest.Mon
     tested = frozen_features(Predictor(begun), splits["test"]).values
     result = am.evaluate(run, f"{data}:test")
     assert result.predictions.tolist() == probe.logits(tested).argmax(1).tolist()
-    assert model.head is not None
     np.testing.assert_allclose(model.head.weight.detach(), probe.weight, rtol=1e-4, atol=1e-6)
     assert torch.equal(*(net.get_parameter("stem.weight") for net in (model, begun)))
     assert "linear probe" in (run / "best" / "README.md").read_text()

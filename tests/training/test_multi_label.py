@@ -37,7 +37,7 @@ def make_set(folder: Path, number: int = 120, seed: int = 0) -> Path:
 
 def of(labels: np.ndarray, logits: np.ndarray, **decision: object) -> Evaluation:
     names = [f"c{number}" for number in range(labels.shape[1])]
-    how = Decision(labels="multi", **decision)  # pyright: ignore[reportArgumentType]
+    how = Decision(labels="multi", **decision)
     return Evaluation("x", names, labels, np.arange(len(labels)), logits, decision=how)
 
 
@@ -126,7 +126,6 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
     settings = {"output": str(tmp_path / "probe"), "model.train_only": "probe"}
     config = am.finetune_config(str(run[0]), f"{run[1]}", settings)
     probe = am.train(config.with_value("data.holdout", 0.3), quiet=True)
-    assert probe.validation is not None
     assert (probe.validation.mean_average_precision or 0) > 0.99
     assert probe.validation.decision.labels == "multi"
     own = {"epochs": 6, "best_by": "top1", "output": str(tmp_path / "folds"), "data.holdout": None}
@@ -145,7 +144,6 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
     for one in ({}, {"data.balance": "none", "output": str(tmp_path / "none")}):
         config = config_of(run[0]).with_values({**weights, **one})
         result = am.train(config, quiet=True).validation
-        assert result is not None
         rare.append(result.probabilities[:, result.labels.sum(axis=0).argmin()].mean())
     assert rare[0] > rare[1] + 0.02
 
@@ -169,9 +167,7 @@ def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_p
     assert result.mean > 0.9
 
 
-def test_predictions_are_the_classes_that_reach_their_threshold(
-    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_predictions_are_the_classes_that_reach_their_threshold(run, tmp_path, capsys):
     folder, data = run
     result = am.evaluate(str(folder), f"{data}:train[:20]")
     rows = am.predict(folder, f"{data}:train[:20]")
@@ -212,7 +208,6 @@ def test_validation_images_without_a_label(run: tuple[Path, Path], tmp_path: Pat
         am.train(config, quiet=True)
     assert (error.value.code, "micro_f1" in str(error.value.fix)) == ("not-applicable", True)
     found = am.train(config.with_value("best_by", "micro_f1"), quiet=True).validation
-    assert found is not None
     assert found.mean_average_precision is None
 
 

@@ -223,7 +223,6 @@ def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
         if name in others:
             assert not moved.any(), name
             continue
-        assert parameter.grad is not None
         s = torch.linalg.svdvals(moved / (0.2 * rate * max(parameter.shape) ** 0.5))
         assert s.min() > 0.5, name  # Newton-Schulz in bfloat16 stops at "about"
         assert s.max() < 1.5, name

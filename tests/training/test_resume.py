@@ -162,7 +162,7 @@ def test_the_parts_of_a_step_stay_and_can_be_changed(data: Path, tmp_path: Path,
 
     def noting(self: step.Updater, *arguments: object) -> object:
         parts.append(self.micro_batch_size)
-        return update(self, *arguments)  # pyright: ignore[reportArgumentType]
+        return update(self, *arguments)
 
     monkeypatch.setattr(step.Updater, "__call__", noting)
     monkeypatch.setattr(step.Updater, "_fitting", lambda *_: 5)

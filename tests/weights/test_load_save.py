@@ -89,9 +89,9 @@ def test_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "8x8 -> 16x24 pixels: block-diagonal, 2x3 tiles" in capsys.readouterr().err
     for wrong in ("16", -8, (8, 8, 8), (8, 0), (8.0, 8), 11):
         with pytest.raises(am.UserError):
-            am.load_model(folder, image_size=wrong)  # pyright: ignore[reportArgumentType]
+            am.load_model(folder, image_size=wrong)
     with pytest.raises(am.UserError) as caught:
-        am.load_model(folder, image_size=16, resize_weights="bigger")  # pyright: ignore
+        am.load_model(folder, image_size=16, resize_weights="bigger")
     assert caught.value.code == "unknown-name"
 
 
@@ -239,9 +239,7 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     assert_same_model(am.load_model(folder), second)
 
 
-def test_foreign_weights_take_class_names_mean_and_std(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_foreign_weights_take_class_names_mean_and_std(tmp_path, capsys):
     foreign = tmp_path / "foreign.safetensors"
     save_file(dict(tiny_model(num_classes=3).state_dict()), foreign)
     (tmp_path / "names.txt").write_text("ant\nbee \ncat\n")

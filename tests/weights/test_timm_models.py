@@ -133,11 +133,9 @@ def test_logits_are_timms(fetched: list[str], name: str):
 
 def test_class_names_and_preprocessing():
     model = am.load_model("timm:fake_cnn.first", quiet=True)
-    assert model.class_names is not None
     assert model.class_names[0] == "n01440764 tench"
     assert am.load_model("timm:fake_bit.i21k", quiet=True).class_names is None
     found = model.preprocessing
-    assert found is not None
     assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
     assert (found.crop, found.interpolation, found.resize) == (0.9, "bicubic", "resmall-crop")
 
@@ -227,9 +225,7 @@ def test_the_page_names_the_comparison_systems():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "parameters", "pixels"), SYSTEMS)
-def test_the_papers_comparison_systems(
-    real_timm: Any, monkeypatch: Any, name: str, parameters: str, pixels: str
-):
+def test_the_papers_comparison_systems(real_timm, monkeypatch, name, parameters, pixels):
     monkeypatch.setitem(sys.modules, "timm", real_timm)
     with torch.device("meta"):
         model = am.create_model(f"timm:{name}")
