@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -19,6 +21,7 @@ from PIL import Image
 import allmlp as am
 from allmlp import plots
 from allmlp.cli.main import main
+from allmlp.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,6 +79,31 @@ def class_folder(tmp_path: Path) -> Path:
     make_class_folder(tmp_path / "data" / "train", {"ant": 6, "bee": 8, "cat": 6})
     make_class_folder(tmp_path / "data" / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of `runs`, alone in a folder, which a module's runs may share."""
+    import runs
+
+    return runs.make_data(tmp_path_factory.mktemp("runs") / "data")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The weights and data of `studies`."""
+    import studies
+
+    return studies.make_place(tmp_path)
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """Ends the processes of `runs` that a failed test has left."""
+    import runs
+
+    yield
+    runs.kill_what_is_left()
 
 
 TINY = {
@@ -179,3 +207,32 @@ def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """Runs a command that ends with one message and changes nothing in the folder; returns it."""
+    before = files(folder)
+    code, out, err = mixer(capsys, *arguments)
+    assert (code, out, err.count("error: ")) == (2, "", 1), out + err
+    assert "Traceback" not in err
+    assert files(folder) == before
+    return err
+
+
+@contextlib.contextmanager
+def user_error(code: str, *named: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """The block ends with a UserError of this code, whose message holds these words."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert caught.value.code == code
+    assert all(str(word) in str(caught.value) for word in named)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Returns every file with its content, and every folder, to see that nothing changed."""
+    found = sorted(folder.rglob("*"))
+    return {str(path): digest(path) if path.is_file() else "folder" for path in found}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ from allmlp import plots
 from allmlp.cli.main import main
 from allmlp.training import train as loop
 from allmlp.training.config import flat
-from conftest import TINY, make_class_folder, tiny_config
+from conftest import TINY, digest, make_class_folder, tiny_config
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
 
@@ -325,10 +324,6 @@ def results_of(run: Path) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def check_same(run: Path, straight: Path) -> None:
     """Two runs are the same in every logged number, in their last full state and in best/."""
     assert len(losses_of(run)) == len(losses_of(straight))
@@ -341,12 +336,6 @@ def check_same(run: Path, straight: Path) -> None:
     assert states[0].parent.name == states[1].parent.name
     assert digest(states[0]) == digest(states[1])
     assert digest(run / "best/model.safetensors") == digest(straight / "best/model.safetensors")
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Returns every file with its content, and every folder, to see that nothing changed."""
-    found = sorted(folder.rglob("*"))
-    return {str(path): digest(path) if path.is_file() else "folder" for path in found}
 
 
 if __name__ == "__main__":

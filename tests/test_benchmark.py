@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
 from allmlp.benchmark import (
@@ -20,7 +19,7 @@ from allmlp.benchmark import (
 )
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.training.recipes import RECIPES
-from conftest import TINY, mixer, tiny_model
+from conftest import mixer, refused, tiny_model
 
 CPU = torch.device("cpu")
 QUICK = ("--device", "cpu", "--seconds", "0.001", "--rounds", "1", "--batch-sizes", "1", "2")
@@ -46,26 +45,6 @@ def patched(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return am.save_model(tiny_model(), tmp_path / "tiny").parent
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "changes"),
-    [
-        ("mixer_b32", (64, 96), {"num_classes": 0}),
-        ("mixer_h14", 28, {"in_channels": 1}),
-        ("mixer_s16", 8, TINY),
-        *((name, None, {}) for name in ("mixer_s32", "cycle_mlp_b1", "vip_s7")),
-    ],
-)
-def test_flops_equal_torchs_count(name, size, changes):
-    with torch.device("meta"):
-        model = am.create_model(name, size, **changes).eval()
-        images = torch.empty(1, model.config.in_channels, *model.config.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    assert model.config.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
-    if name.startswith("mixer"):
-        assert model.config.flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -249,8 +228,6 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
         (("--recipe", "finetune_pets"), "fine-tunes a model of your choice"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_measured(capsys, monkeypatch, arguments, message):
+def test_mistakes_come_before_any_measurement(capsys, tmp_path, monkeypatch, arguments, message):
     patched(monkeypatch, measure_peak=None)
-    code, out, err = mixer(capsys, "benchmark", *arguments)
-    assert (code, out) == (2, "")
-    assert message in err
+    assert message in refused(capsys, tmp_path, "benchmark", *arguments)

@@ -15,11 +15,6 @@ from conftest import make_class_folder
 from studies import COUNTS, make_place, pretend, settings
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, am.FinetuneResult]:
     """A study of two rates and two seeds; while its grid runs there are no test images at all."""

@@ -10,12 +10,7 @@ import allmlp as am
 from allmlp.runtime.world import World
 from allmlp.sweep import RESULTS, Sweep, study_folder
 from conftest import draw, make_class_folder
-from studies import make_place, pretend, settings
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
+from studies import pretend, settings
 
 
 def run(place: Path, name: str = "a", **changes: object) -> dict:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import allmlp as am
-from conftest import GOLDEN, mixer
+from conftest import GOLDEN, mixer, refused
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
 TIMM = GOLDEN / "timm_tiny.safetensors"
@@ -68,22 +68,17 @@ def test_nothing_is_overwritten_unasked(capsys, trained: am.TrainResult, tmp_pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x.npz --format onnx", "nvalid choice"),
         ("x.pth", "format allmlp is a .safetensors file, got 'x.pth'"),
         ("x.NPZ", "Call it x.safetensors"),
         ("x --image-size 60", "the nearest that is: 64x64"),
-        (f"x --image-size {'9' * 5000}", "not an image size"),
         ("x --image-size 800000", "GiB, the machine has"),
-        ("x --image-size 64 --resize-weights magic", "nvalid choice"),
         ("x --resize-weights resample", "resize_weights needs image_size"),
         ("x --num-classes -3", "at least 0, got -3"),
     ],
 )
 def test_mistakes(capsys, tmp_path: Path, monkeypatch, line: str, message: str):
     monkeypatch.chdir(tmp_path)
-    code, out, err = mixer(capsys, "convert", PARAMS, *line.split())
-    assert (code, message in err, out) == (2, True, ""), err
-    assert list(tmp_path.iterdir()) == []
+    assert message in refused(capsys, tmp_path, "convert", PARAMS, *line.split())
 
 
 def test_inspect(capsys, tmp_path: Path):

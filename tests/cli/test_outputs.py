@@ -159,3 +159,4 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
     assert what == "error: No space left on device"
     assert where.startswith("where: report/")
     assert fix.startswith("to fix: ")
+    assert not [path for path in Path("report").rglob("*") if path.is_file()]

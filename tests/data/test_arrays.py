@@ -15,6 +15,7 @@ from allmlp.data.sources.arrays import ArrayRows, statistics
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import open_folds, split_data
+from conftest import user_error
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(50, 3, (12, 2, 6)), np.array(["no", "yes", "no"] * 4)
@@ -132,15 +133,12 @@ def _with(at: tuple[int, ...], value: float) -> np.ndarray:
         ({"x": X}, "missing", "no labels"),
         ({"x": X[:, 0, 0], "y": Y}, "shape", "(12,)"),
         ({"x": X.astype(str), "y": Y}, "shape", "U"),
-        ({"x_train": X, "y_train": Y, "x_test": X[:, :, 1:]}, None, "several shapes"),
+        ({"x_train": X, "y_train": Y, "x_test": X[:, :, 1:]}, "invalid", "several shapes"),
     ],
 )
-def test_unusable_arrays(tmp_path: Path, arrays: Any, code: str | None, named: str):
-    with pytest.raises(UserError) as caught:
+def test_unusable_arrays(tmp_path: Path, arrays: Any, code: str, named: str):
+    with user_error(code, named, "to fix: "):
         open_source(savez(tmp_path / "a.npz", **arrays))
-    assert code is None or caught.value.code == code
-    assert named in str(caught.value)
-    assert caught.value.fix
 
 
 def test_damaged_files_and_python_objects(tmp_path: Path):
@@ -149,9 +147,8 @@ def test_damaged_files_and_python_objects(tmp_path: Path):
     (tmp_path / "c.npz").write_bytes(whole[:400] + bytes(100) + whole[500:])
     np.save(tmp_path / "d.npy", np.array([[1.0], [1.0, 2.0]], dtype=object))
     for name in ("b.npz", "c.npz", "d.npy"):
-        with pytest.raises(UserError, match=name) as caught:
+        with user_error("damaged", name):
             open_source(str(tmp_path / name), labels="none")
-        assert caught.value.code == "damaged"
     np.save(tmp_path / "x_test.npy", X)
     assert [*open_splits(str(tmp_path / "x_test.npy"), labels="none")] == ["test"]
 
@@ -160,6 +157,5 @@ def test_lists_of_several_lengths(tmp_path: Path):
     pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     table = pa.table({"x": [[1.0, 2.0], [3.0, 4.0], [5.0]], "label": [0, 1, 0]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet\[2\]") as caught:
+    with user_error("lengths", "a.parquet[2]"):
         open_source(str(tmp_path / "a.parquet"))
-    assert caught.value.code == "lengths"

@@ -49,12 +49,6 @@ def die_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray
     return crop(image, random)
 
 
-def hang_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
-    if str(image.where).endswith("bee/3.png"):
-        time.sleep(1000)
-    return crop(image, random)
-
-
 def load(source: Source, start: int, stop: int, **options: object) -> list[Batch]:
     return list(run(source, start, stop, **options))
 
@@ -230,15 +224,6 @@ def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(cla
         time.sleep(0.005)  # the model works; nothing may be raised here
     with pytest.raises(UserError, match=r"worker process 0, (at|between) .*, ended"):
         list(batches)
-
-
-@pytest.mark.slow
-@killed_workers
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, number, tidy):
-    source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
-        load(source, 0, 8, num_workers=number, transform=hang_at_bee_3, timeout=1.0)
 
 
 def test_subsets_are_nested_and_seeded(class_folder: Path):

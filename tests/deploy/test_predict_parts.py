@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,15 @@ import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
 from allmlp.deploy.predict import PredictOptions, write_predictions
 from allmlp.preprocessing import Preprocessing
-from conftest import draw, encode, make_class_folder, tiny_model
-from runs import kill_what_is_left, start, start_two, unix
+from conftest import draw, encode, make_class_folder, tiny_model, user_error
+from runs import start, start_two, unix
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
-def named(**changes: Any) -> am.ImageClassifier:
-    model = tiny_model(NAMES, **changes)
-    return model
-
-
 @pytest.fixture
 def model() -> am.ImageClassifier:
-    return named()
+    return tiny_model(NAMES)
 
 
 @pytest.fixture
@@ -101,7 +95,7 @@ def _other_input(model, _):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda *_: {"model": named(channels_mlp_dim=64)}, "model"),
+        (lambda *_: {"model": tiny_model(NAMES, channels_mlp_dim=64)}, "model"),
         (_other_weights, "model"),
         (_other_names, "class names"),
         (_other_input, "preprocessing"),
@@ -118,9 +112,8 @@ def test_another_job_is_an_error(model, album, tmp_path, change, words):
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
     values = {"model": model, **(change(model, album) or {})}
-    with pytest.raises(am.UserError) as caught:
+    with user_error("another-job") as caught:
         parts(values.pop("model"), album, tmp_path / "out", **values)
-    assert caught.value.code == "another-job"
     assert words in caught.value.what
     assert contents(tmp_path / "out") == before
 
@@ -220,12 +213,6 @@ def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypat
 
 
 @pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    yield
-    kill_what_is_left()
-
-
-@pytest.fixture
 def saved(model, tmp_path) -> Path:
     return am.save_model(model, tmp_path / "model")
 
@@ -305,6 +292,5 @@ if os.environ["RANK"] == "1":
 
 
 def test_parts_are_not_overwritten(model, album, tmp_path):
-    with pytest.raises(am.UserError) as caught:
+    with user_error("conflict"):
         parts(model, album, tmp_path / "out", overwrite=True)
-    assert caught.value.code == "conflict"

@@ -127,13 +127,6 @@ def test_a_damaged_file_is_computed_anew(damage: Any, compute: Compute, tmp_path
     assert again.values.tobytes() == third.values.tobytes()
 
 
-def test_a_cache_that_cannot_be_written_is_told(compute: Compute, tmp_path: Path):
-    (tmp_path / "file").touch()
-    found = compute(tiny_model(), cache=tmp_path / "file")
-    assert len(found.values) == 20
-    assert "could not be kept" in found.notes[0]
-
-
 def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_folder: Path):
     bad = class_folder / "train" / "ant" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])

@@ -10,14 +10,9 @@ import pytest
 
 import allmlp as am
 from allmlp import sweep
-from runs import before_step, digest, start, unix
-from studies import make_place, settings
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
-
+from conftest import digest
+from runs import before_step, start, unix
+from studies import settings
 
 KILLED = """
 def kill(trainer):

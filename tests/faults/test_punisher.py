@@ -16,7 +16,6 @@ from runs import (
     check_same,
     logged,
     losses_of,
-    make_data,
     run_config,
     start,
     train,
@@ -28,11 +27,6 @@ pytestmark = unix
 
 KILLS = 30
 LONG = {**DROPOUT, "steps": 120, "evaluate_every": 16, "checkpoint_every": 5}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("punisher") / "data")
 
 
 @pytest.mark.slow

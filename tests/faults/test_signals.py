@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from allmlp.training import train as loop
+from conftest import digest
 from runs import (
     DROPOUT,
     check_same,
-    digest,
     logged,
     losses_of,
-    make_data,
     results_of,
     run_config,
     start,
@@ -34,11 +33,6 @@ pytestmark = unix
 
 MIXER = Path(sys.executable).with_name("mixer")
 LONG = {**DROPOUT, "steps": 150, "evaluate_every": 50, "data__num_workers": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("signals") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import DROPOUT, check_same, losses_of, make_data, run_config, start, train, unix
+from runs import DROPOUT, check_same, losses_of, run_config, start, train, unix
 
 pytestmark = unix
 
@@ -38,15 +38,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers")
-    return train(run_config(make_data(folder / "data"), folder / "straight", **CHANGES))
+def straight(data: Path) -> Path:
+    return train(run_config(data, data.parent / "straight", **CHANGES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_it_is_named_and_the_run_resumes_later(straight: Path, tmp_path: Path, kind: str):
-    data = straight.parent / "data"
+def test_it_is_named_and_the_run_resumes_later(data, straight: Path, tmp_path: Path, kind: str):
     config = run_config(data, tmp_path / "run", **CHANGES)
     fault = FAULT.replace("KIND", KINDS[kind]).replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "said", fault)

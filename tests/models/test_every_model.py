@@ -234,10 +234,10 @@ def test_compile(name: str):
 @pytest.mark.parametrize("name", ALL)
 def test_operations_and_words(name: str):
     """The operations are those that torch counts; and what is said of a model at full size."""
-    model = build(name)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(draw(model, 1))
-    assert counter.get_total_flops() == model.config.flops
+    for model in (build(name), build(name, num_classes=0)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(draw(model, 1))
+        assert counter.get_total_flops() == model.config.flops
     if name in NAMES:
         config = model_config(name)
         assert config.flops > 1e9

@@ -10,12 +10,7 @@ import pytest
 
 import allmlp as am
 from conftest import make_class_folder
-from runs import losses_of, make_data, results_of, run_config, train, unix
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("balance") / "data")
+from runs import losses_of, results_of, run_config, train, unix
 
 
 @unix

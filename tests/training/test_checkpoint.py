@@ -31,6 +31,7 @@ from allmlp.training.checkpoint import (
     verify,
     write_manifest,
 )
+from conftest import user_error
 from runs import start, unix, until
 
 
@@ -251,6 +252,7 @@ def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
 
 STOPPED = """
 from test_checkpoint import *
+from conftest import user_error
 def stop():
     print("stopped", flush=True)
     time.sleep(60)
@@ -456,9 +458,8 @@ def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
 def test_checkpoints_of_version_0_1_are_one_clear_message(tmp_path: Path):
     (tmp_path / "step-00000002").mkdir()
     (tmp_path / "step-00000002" / MANIFEST).write_text('{\n "format": 1,\n "step": 2\n}\n')
-    with pytest.raises(UserError, match="version 0.1") as error:
+    with user_error("old-format", "version 0.1"):
         Checkpoints(tmp_path).newest()
-    assert error.value.code == "old-format"
 
 
 def test_tensors_that_only_their_checksum_calls_whole(tmp_path: Path):

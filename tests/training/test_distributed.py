@@ -25,9 +25,8 @@ import runs
 from allmlp.data.sampler import BalancedOrder, locate
 from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
-from conftest import draw
+from conftest import draw, files
 from runs import (
-    files,
     free_port,
     losses_of,
     make_data,
@@ -78,11 +77,6 @@ def images_of(run: Path) -> list[list[int]]:
         [image for number, _, own in sorted(parts) if number == step for image in own]
         for step in steps
     ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("distributed") / "data")
 
 
 def weighted(data: Path, run: Path, **changes: object) -> am.TrainConfig:

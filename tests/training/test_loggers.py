@@ -11,8 +11,7 @@ import pytest
 
 import allmlp as am
 from allmlp.training.config import TrainConfig
-from conftest import tiny_config
-from runs import digest
+from conftest import digest, tiny_config, user_error
 
 
 class Recorder(am.Logger):
@@ -153,9 +152,8 @@ def test_trackers_and_their_resumed_run(class_folder, tmp_path: Path, monkeypatc
 def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = am.recipe("digits").with_values({"log": "tensorboard, wandb"})
     assert config.trackers == ["tensorboard", "wandb"]
-    with pytest.raises(am.UserError, match="wandbb") as error:
+    with user_error("unknown-name", "wandbb"):
         am.recipe("digits").with_values({"log": "wandbb"})
-    assert error.value.code == "unknown-name"
     old = am.recipe("digits").to_json()
     del old["log"]
     assert TrainConfig.from_json({**old, "tensorboard": True}).log == "tensorboard"

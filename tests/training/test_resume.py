@@ -16,13 +16,11 @@ import allmlp as am
 from allmlp.io import partial_path
 from allmlp.training import state, step
 from allmlp.training import train as loop
-from conftest import NO_PROCESS, draw, mixer, tiny_config
+from conftest import NO_PROCESS, digest, draw, files, mixer, tiny_config
 from runs import (
     DROPOUT,
     before_step,
     check_same,
-    digest,
-    files,
     losses_of,
     make_data,
     results_of,
@@ -44,11 +42,6 @@ CASES = {
     "balanced by weights": {**DROPOUT, "data__balance": "weights"},
     "adamw, sharpness, no average": {**DROPOUT, **SHARPNESS, "optimizer__ema_decay": 0.0},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("resume") / "data")
 
 
 @pytest.fixture(scope="module")
