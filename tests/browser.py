@@ -1,7 +1,5 @@
 """Chromium without a window, driven over its own pipe; nothing else is installed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,6 +1,4 @@
-"""What many tests share: small drawn images, class folders, and one trained run."""
-
-from __future__ import annotations
+"""What many tests share: small drawn images, class folders, small runs, and the command."""
 
 import contextlib
 import hashlib
@@ -21,6 +19,8 @@ from PIL import Image
 import allmlp as am
 from allmlp import plots
 from allmlp.cli.main import main
+from allmlp.data.source import Source
+from allmlp.data.sources import open_splits
 from allmlp.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +53,13 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
+def turned(orientation: int) -> Image.Exif:
+    """The tags of an image that is to be turned when it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def make_class_folder(folder: Path, classes: dict[str, int], start: int = 0) -> Path:
     """FOLDER/<class>/<n>.png with so many drawn images each."""
     seed = start
@@ -73,20 +80,28 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def make_data(folder: Path) -> Path:
+    """Twenty training and nine validation images of three classes."""
+    make_class_folder(folder / "train", {"ant": 6, "bee": 8, "cat": 6})
+    make_class_folder(folder / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
+    return folder
+
+
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
-    """A data set with train/ and val/ of three classes."""
-    make_class_folder(tmp_path / "data" / "train", {"ant": 6, "bee": 8, "cat": 6})
-    make_class_folder(tmp_path / "data" / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
-    return tmp_path / "data"
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def source(class_folder: Path) -> Source:
+    """The training images of `class_folder`."""
+    return open_splits(str(class_folder))["train"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data of `runs`, alone in a folder, which a module's runs may share."""
-    import runs
-
-    return runs.make_data(tmp_path_factory.mktemp("runs") / "data")
+    """The same, for the runs of a module, which may lie beside it."""
+    return make_data(tmp_path_factory.mktemp("runs") / "data")
 
 
 @pytest.fixture
@@ -118,20 +133,22 @@ TINY = {
 def tiny_config(source: str, output: Path, **changes: object) -> am.TrainConfig:
     """A run that takes a second, of any source."""
     config = am.recipe("scratch")
-    values: dict[str, object] = {
-        "data.source": source,
-        "output": str(output),
-        "model.image_size": 8,
-        "epochs": 2,
-        "batch_size": 8,
-        "evaluate_every": 1,
-        "device": "cpu",
-        "model.overrides": TINY,
-        "data.num_workers": 0,
-    }
+    values: dict[str, object] = {"data.source": source, "output": str(output)}
+    values |= {"model.image_size": 8, "epochs": 2, "batch_size": 8, "evaluate_every": 1}
+    values |= {"device": "cpu", "model.overrides": TINY, "data.num_workers": 0}
     for key, value in {**values, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
         config = config.with_value(key, value)
     return config
+
+
+def tiny_run(source: object, output: Path, **changes: object) -> am.TrainResult:
+    """Trains with `tiny_config`."""
+    return am.train(tiny_config(str(source), output, **changes), quiet=True)
+
+
+def best_of(run: Path) -> bytes:
+    """The best weights of a run."""
+    return (run / "best" / "model.safetensors").read_bytes()
 
 
 DRAWN = (
@@ -207,6 +224,13 @@ def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Runs a command that must succeed; returns standard output and error."""
+    code, out, err = mixer(capsys, *arguments)
+    assert code == 0, out + err
+    return out, err
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:

@@ -1,7 +1,5 @@
 """Measurement files made by hand, as the commands write them, for tests of the report."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -37,12 +35,7 @@ def measured(kind: str, **values: Any) -> dict[str, Any]:
 
 
 def model(name: str = "mixer_b16", source: str = "mixer_b16.i21k") -> dict[str, Any]:
-    return {
-        "name": name,
-        "source": source,
-        "architecture": ARCHITECTURE,
-        "image_size": [224, 224],
-    }
+    return {"name": name, "source": source, "architecture": ARCHITECTURE, "image_size": [224, 224]}
 
 
 def imagenet(**changes: Any) -> dict[str, Any]:

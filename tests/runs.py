@@ -5,8 +5,6 @@ and forks for every command, so that one costs a second and not five. With argum
 the command itself.
 """
 
-from __future__ import annotations
-
 import atexit
 import csv
 import functools
@@ -31,7 +29,7 @@ from allmlp import plots
 from allmlp.cli.main import main
 from allmlp.training import train as loop
 from allmlp.training.config import flat
-from conftest import TINY, digest, make_class_folder, tiny_config
+from conftest import TINY, digest, tiny_config
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
 
@@ -53,13 +51,6 @@ def run_config(data: Path, output: Path, **changes: object) -> am.TrainConfig:
     values: dict[str, object] = {**RANDOM, "steps": 30, "evaluate_every": 10, **changes}
     long = {key: values.pop(key) for key in ("steps", "evaluate_every")}
     return tiny_config(str(data), output, **values).with_values(long)
-
-
-def make_data(folder: Path) -> Path:
-    """Twenty training and nine validation images of three classes."""
-    make_class_folder(folder / "train", {"ant": 6, "bee": 8, "cat": 6})
-    make_class_folder(folder / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
-    return folder
 
 
 # Runs in this process

@@ -1,7 +1,5 @@
 """`mixer serve` as a process of its own, on a port that the system chooses."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Apple GPUs, as far as a machine without one shows: see apple_gpu.py."""
 
-from __future__ import annotations
-
 import contextlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Output paths, atomic writes, and the partial files that killed processes leave."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

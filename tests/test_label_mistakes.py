@@ -1,7 +1,5 @@
 """Wrong labels are found, whatever the model's classes; training takes the list of suspects."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The figures of training, evaluation and data check: for few and many classes and images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The sweep engine: what makes a run another one, and where runs lie."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`mixer predict`: lists, folders of parts, what is shown, what is refused."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

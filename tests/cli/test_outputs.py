@@ -1,7 +1,5 @@
 """What every verb does alike with its outputs: nothing is replaced unasked, and no input ever."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from conftest import make_class_folder, mixer, tiny_model
+from conftest import make_class_folder, mixer, ran, tiny_model
 
 
 @pytest.fixture
@@ -87,15 +85,13 @@ AGAIN = [
 
 @pytest.mark.parametrize("line", AGAIN)
 def test_what_is_there_is_replaced_only_when_asked(capsys, place: Path, line: str):
-    code, _, err = mixer(capsys, *line.split())
-    assert code == 0, err
+    ran(capsys, *line.split())
     first = contents(place)
     code, _, err = mixer(capsys, *line.split())
     assert code == 2
     assert "overwrite" in err
     assert contents(place) == first
-    code, _, err = mixer(capsys, *line.split(), "--overwrite")
-    assert code == 0, err
+    ran(capsys, *line.split(), "--overwrite")
     assert contents(place).keys() == first.keys()
 
 

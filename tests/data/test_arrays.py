@@ -1,12 +1,12 @@
 """Arrays as data: what is read, statistics, splits, and what is wrong with files."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data.source import array_row, join, subset, unlabelled
@@ -32,7 +32,6 @@ def test_all_kinds_of_files_hold_the_same_rows(tmp_path: Path, kind: str):
     if kind == "npz":
         savez(path, x=X, y=Y)
     elif kind == "parquet":
-        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
         path = path.with_suffix(".parquet")
         pq.write_table(pa.table({"series": X.tolist(), "label": Y.tolist()}), path)
     else:
@@ -154,7 +153,6 @@ def test_damaged_files_and_python_objects(tmp_path: Path):
 
 
 def test_lists_of_several_lengths(tmp_path: Path):
-    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     table = pa.table({"x": [[1.0, 2.0], [3.0, 4.0], [5.0]], "label": [0, 1, 0]})
     pq.write_table(table, tmp_path / "a.parquet")
     with user_error("lengths", "a.parquet[2]"):

@@ -1,7 +1,5 @@
 """Groups and folds: what is promised, as properties, for lists and for Parquet files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """CSV and JSONL lists: columns, splits, classes by name, and the line of whatever is wrong."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Packed data and tars of other tools: round trips, damage, and the commands that write them."""
 
-from __future__ import annotations
-
 import gzip
 import multiprocessing
 import os
@@ -10,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from allmlp.data.source import EncodedImages, Source, labelled
@@ -18,7 +17,6 @@ from allmlp.data.sources.packed import pack_splits, verify
 from allmlp.errors import UserError
 from conftest import draw, encode, mixer, write_tar
 
-pa = pytest.importorskip("pyarrow")
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 OLD = Path(__file__).parents[1] / "golden" / "old_shards"
 

@@ -1,7 +1,5 @@
 """Parquet files: bytes and labels, memory or row groups, columns, and damaged files."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import pickle
@@ -9,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data.source import Source
 from allmlp.data.sources import open_source, open_splits, parquet
 from allmlp.errors import UserError
 from conftest import draw, encode
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 IMAGES = [encode(draw(seed), "PNG" if seed % 2 else "JPEG") for seed in range(8)]
 
@@ -173,7 +170,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, names: list[str
     write(tmp_path / "train.parquet", [0, 1], names)
     write(tmp_path / "test.parquet", [-1, -1], names)
     assert list(open_splits(str(tmp_path))) == ["train"]
-    with pytest.raises(UserError, match="none of the images has a label|test"):
+    with pytest.raises(UserError, match="none of the images has a label"):
         open_source(str(tmp_path / "test.parquet"))
 
 

@@ -1,7 +1,5 @@
 """Names of sources, their splits and parts, subset files, and data without labels."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -241,7 +239,7 @@ def test_numbers_become_classes(tmp_path: Path):
     lines += [f"{at}.png,{number},{split}" for at, (split, number) in enumerate(rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     source = f"{tmp_path / 'list.csv'}#label=distance"
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="'8.125'"):
         open_splits(source)
     assert len(open_splits(source, labels="numbers")["test"]) == 3
     file, rule = tmp_path / "near.json", LabelRule("between", (-2.0, 8.0, 100.0))

@@ -1,7 +1,5 @@
 """int8: what is quantised, which layers are left out by measurement, and OpenVINO's files."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders of part files: resumed, checked, shared, killed, on a full disk."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from pathlib import Path
@@ -65,7 +63,6 @@ def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, batch_size):
     """Batches of 3 do not fit into parts of 8: the bytes must not depend on what was there."""
-    pytest.importorskip("pyarrow")
     options = {"format": kind, "batch_size": batch_size}
     parts(model, album, tmp_path / "out", **options)
     whole, manifest = contents(tmp_path / "out"), (tmp_path / "out/manifest.json").read_bytes()
@@ -189,7 +186,6 @@ def repeated(times: int) -> Source:
     [".csv", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".parquet", ""))],
 )
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
-    pytest.importorskip("pyarrow")
     monkeypatch.setattr("allmlp.deploy.rows._ROW_GROUP", 200)
 
     def peak(images: int) -> int:

@@ -1,7 +1,5 @@
 """Models to the hub and back, against a hub on loopback."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from huggingface_hub import constants, file_download
 
 import allmlp as am
-from conftest import draw, mixer, refused, tiny_model, user_error
+from conftest import draw, ran, refused, tiny_model, user_error
 from hub_server import Hub, serve
 
 # The hub's library sends files in a way that its HTTP library will drop.
@@ -52,8 +50,7 @@ def test_a_run_is_pushed_and_loaded_again(capsys, hub: Hub, trained: am.TrainRes
     (run / "model.onnx").write_bytes(b"onnx")
     draw(0).save(tmp_path / "seven.png")
     words = ("--private", "--license", "mit", "--examples", tmp_path / "seven.png")
-    code, out, err = mixer(capsys, "push", run, "me/digits", *words, "--message", "First")
-    assert code == 0, err
+    out, _ = ran(capsys, "push", run, "me/digits", *words, "--message", "First")
     assert f"{hub.endpoint}/me/digits" in out
     assert 'load_model("hf:me/digits")' in out
     files = hub.repos["me/digits"]["main"]

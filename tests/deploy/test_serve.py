@@ -1,7 +1,5 @@
 """The local endpoint: answers, limits, who may use it, one request at a time; and the command."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -41,16 +39,9 @@ HOSTS = frozenset({"127.0.0.1", "localhost"})
 PNG = encode(draw(3))
 IMAGE = {"content-type": "image/png"}
 # A request as a server hands it over, without a client behind it.
-SCOPE = {
-    "type": "http",
-    "method": "POST",
-    "path": "/occlusion",
-    "query_string": b"",
-    "root_path": "",
-    "http_version": "1.1",
-    "scheme": "http",
-    "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"image/png")],
-}
+SCOPE = {"type": "http", "method": "POST", "path": "/occlusion", "query_string": b""}
+SCOPE |= {"root_path": "", "http_version": "1.1", "scheme": "http"}
+SCOPE |= {"headers": [(b"host", b"127.0.0.1"), (b"content-type", b"image/png")]}
 
 
 def make_service(**options: Any) -> Service:

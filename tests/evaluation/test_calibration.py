@@ -1,7 +1,5 @@
 """Temperature and threshold: against scipy, and on a run's own held-out images."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -17,7 +15,7 @@ import allmlp as am
 from allmlp.evaluation.calibration import fit_temperature, fitted, summary, with_threshold
 from allmlp.evaluation.metrics import best_thresholds
 from allmlp.evaluation.options import CalibrateOptions
-from conftest import mixer, tiny_config, tiny_model, user_error
+from conftest import ran, tiny_model, tiny_run, user_error
 
 
 def measured(images: int, sharpness: float = 3.0, seed: int = 0) -> am.Evaluation:
@@ -144,10 +142,9 @@ def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     assert "fitted on" in card
     assert "not calibrated" not in card
     output = tmp_path / "sure"
-    code, out, err = mixer(
+    out, _ = ran(
         capsys, "calibrate", run, output, "--data", "digits:validation", "--accuracy", "0.99"
     )
-    assert code == 0, err
     sure = am.load_model(output)
     threshold = sure.decision.unsure_below
     assert '"unsure" below' in (output / "README.md").read_text()
@@ -155,7 +152,7 @@ def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     assert re.search(r"0\.9 +\d", out)
     result = am.evaluate(sure, "digits:validation")
     assert dict(result.figures())["accuracy_answered"] >= 0.99
-    code, out, err = mixer(capsys, "predict", output, "digits:test", "--output", tmp_path / "p.csv")
+    ran(capsys, "predict", output, "digits:test", "--output", tmp_path / "p.csv")
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
     assert rows[0][:4] == ["path", "answer", "class_1", "probability_1"]
     for row in rows[1:]:
@@ -170,7 +167,7 @@ def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
 
 
 def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_path: Path):
-    result = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    result = tiny_run(class_folder, tmp_path / "run")
     assert am.load_model(result.run_folder).decision == am.Decision()
     assert "decision" not in json.loads((tmp_path / "run/best/config.json").read_text())
     assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()

@@ -1,7 +1,5 @@
 """Frozen features: those of the model, kept on disk by what they depend on, trusted only whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 import allmlp as am
 from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source
-from allmlp.data.sources import open_splits
 from allmlp.data.transforms import normalize
 from allmlp.evaluation.features import Features, frozen_features
 from allmlp.evaluation.predictor import Predictor
@@ -22,11 +19,6 @@ from allmlp.models.layers import preprocessing_of
 from conftest import draw, tiny_model
 
 Compute = Callable[..., Features]
-
-
-@pytest.fixture
-def source(class_folder: Path) -> Source:
-    return open_splits(str(class_folder))["train"]
 
 
 @pytest.fixture

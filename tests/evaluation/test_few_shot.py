@@ -1,7 +1,5 @@
 """Draws against a literal copy of the rule, the solver against direct solves, both protocols."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

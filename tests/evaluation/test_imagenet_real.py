@@ -1,13 +1,13 @@
 """ImageNet ReaL: by hand on drawn data, and on real images with a model of known answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import allmlp as am
 from allmlp.data.source import Source, subset
@@ -91,9 +91,6 @@ def test_numbers_of_files_in_folders_and_shards(folder: Path, tmp_path: Path):
 def parquet_file(
     path: Path, columns: dict[str, list[int]], names: list[str | None] | None
 ) -> Source:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
-
     files = [encode(draw(seed)) for seed in range(3)]
     images = [
         {"bytes": data, **({} if names is None else {"path": name})}

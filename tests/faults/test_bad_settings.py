@@ -1,7 +1,5 @@
 """A mistake in the command: exit code 2, one message, nothing made or changed (fault test 24)."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,8 +13,8 @@ import allmlp as am
 from allmlp.errors import named_memory_errors
 from allmlp.runtime import device as compute
 from allmlp.training import train as loop
-from conftest import mixer, refused
-from runs import make_data, run_config, train, typed_settings
+from conftest import make_data, mixer, refused
+from runs import run_config, train, typed_settings
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +57,7 @@ def test_what_the_optimizer_needs_is_counted_before_the_run(old, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "ask",
-    [
-        lambda: torch.empty(2**50),
-        lambda: np.empty(2**60, np.uint8),
-        lambda: bytearray(2**60),
-    ],
+    "ask", [lambda: torch.empty(2**50), lambda: np.empty(2**60, np.uint8), lambda: bytearray(2**60)]
 )
 def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
     with pytest.raises(am.UserError, match="not enough memory") as caught, named_memory_errors():

@@ -1,7 +1,5 @@
 """Exports that are killed: no half file, and nothing is left behind for long."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

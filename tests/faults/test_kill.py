@@ -1,7 +1,5 @@
 """A kill at any instant: what is found afterwards is whole."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Kills at random moments of a run, and two runs in one folder (the small punisher)."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -11,17 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import (
-    DROPOUT,
-    check_same,
-    logged,
-    losses_of,
-    run_config,
-    start,
-    train,
-    unix,
-    until,
-)
+from runs import DROPOUT, check_same, logged, losses_of, run_config, start, train, unix, until
 
 pytestmark = unix
 

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C: the run is saved and says how to go on (fault test 11)."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -99,10 +97,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
     process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")

@@ -1,7 +1,5 @@
 """A loader worker that is killed or hangs while a run trains (fault test 13)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -31,10 +29,7 @@ def faulty(self, image, random, call=loop.Augmentation.__call__):
 
 patch.setattr(loop.Augmentation, "__call__", faulty)
 """
-KINDS = {
-    "killed": "(lambda: os.kill(os.getpid(), signal.SIGKILL))",
-    "hangs": "deadlock",
-}
+KINDS = {"killed": "(lambda: os.kill(os.getpid(), signal.SIGKILL))", "hangs": "deadlock"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +38,7 @@ def straight(data: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_is_named_and_the_run_resumes_later(data, straight: Path, tmp_path: Path, kind: str):
     config = run_config(data, tmp_path / "run", **CHANGES)
     fault = FAULT.replace("KIND", KINDS[kind]).replace("FOLDER", repr(str(tmp_path)))

@@ -1,7 +1,5 @@
 """Response maps and occlusion, on models whose answers are known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

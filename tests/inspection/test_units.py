@@ -1,7 +1,5 @@
 """The measures, on units made by hand whose numbers are known; which weights are units."""
 
-from __future__ import annotations
-
 import math
 import re
 

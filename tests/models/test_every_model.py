@@ -3,8 +3,6 @@
 A new family adds its small sizes to `small`, and passes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

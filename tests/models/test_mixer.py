@@ -1,7 +1,5 @@
 """The network: equal to Google's, the paper's sizes, initialisers, stochastic depth, variants."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

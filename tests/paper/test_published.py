@@ -1,7 +1,5 @@
 """The paper's tables as data: every number against a second copy, and the frontier."""
 
-from __future__ import annotations
-
 import pytest
 
 from allmlp.models.catalog import model_config

@@ -1,7 +1,5 @@
 """The studies that train from random weights: their runs, what they measure, how they resume."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,21 +36,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def run(place: Path, folder: str = "study", **changes: Any) -> Study:
-    given: dict[str, Any] = {
-        "data": str(place / "data"),
-        "few_shot_data": str(place / "other"),
-        "models": ["mixer_s16"],
-        "fractions": [0.1, 1.0],
-        "shots": 2,
-        "few_shot_seeds": (0, 1),
-        "image_size": 8,
-        "output": str(place / folder),
-        "steps": 6,
-        "batch_size": 8,
-        "evaluate_every": 2,
-        "device": "cpu",
-        "num_workers": 0,
-    }
+    given = {"data": str(place / "data"), "few_shot_data": str(place / "other"), "shots": 2}
+    given |= {"models": ["mixer_s16"], "fractions": [0.1, 1.0], "few_shot_seeds": (0, 1)}
+    given |= {"image_size": 8, "steps": 6, "batch_size": 8, "evaluate_every": 2}
+    given |= {"output": str(place / folder), "device": "cpu", "num_workers": 0}
     settings = (*SIZES, "optimizer.warmup=1", *changes.pop("settings", ()))
     return data_scale(quiet=True, **{**given, **changes}, settings=settings)
 

@@ -1,7 +1,5 @@
 """Suites of fine-tuning: what each run is given, the means, and how a suite resumes."""
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

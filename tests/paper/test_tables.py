@@ -1,7 +1,5 @@
 """The tables: what was measured stands where it belongs, and nowhere else."""
 
-from __future__ import annotations
-
 import csv
 import html
 import json

@@ -1,7 +1,5 @@
 """The table of VTAB's tasks, and how a user's data serves one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

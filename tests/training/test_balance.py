@@ -1,7 +1,5 @@
 """Training on rare classes: `balance`, and the metric by which the best weights are chosen."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

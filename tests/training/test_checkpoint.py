@@ -2,8 +2,6 @@
 disks and damage, after which what is found is whole, and no older than was promised.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json

@@ -1,7 +1,5 @@
 """Multi-label data: metrics against scikit-learn, training, prediction, and what is refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -15,7 +13,7 @@ import allmlp as am
 from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation, average_precision
 from allmlp.training.run_folder import config_of
-from conftest import mixer, tiny_model, user_error
+from conftest import TINY, mixer, tiny_config, tiny_model, user_error
 
 COLORS = {"red": 0, "green": 1, "blue": 2}
 
@@ -30,7 +28,7 @@ def make_set(folder: Path, number: int = 120, seed: int = 0) -> Path:
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{at}.png")
         lines.append(f"{at}.png,{'|'.join(name for name, on in COLORS.items() if hot[on])}")
     path = folder / "list.csv"
-    path.write_text("\n".join(lines).replace(",\n", ",\n") + "\n")
+    path.write_text("\n".join(lines) + "\n")
     assert any(line.count("|") for line in lines)
     return path
 
@@ -73,26 +71,9 @@ def test_metrics_are_scikit_learns(seed: int):
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("multi")
     data = make_set(folder)
-    config = am.recipe("scratch").with_values(
-        {
-            "data.source": str(data),
-            "data.holdout": 0.3,
-            "model.image_size": 8,
-            "model.overrides": {
-                "patch_size": 4,
-                "hidden_dim": 16,
-                "num_blocks": 1,
-                "tokens_mlp_dim": 8,
-                "channels_mlp_dim": 32,
-            },
-            "augment.crop": "none",
-            "optimizer.learning_rate": 0.02,
-            "epochs": 20,
-            "evaluate_every": 5,
-            "batch_size": 16,
-            "output": str(folder / "run"),
-        }
-    )
+    changes = {"data__holdout": 0.3, "model__overrides": {**TINY, "num_blocks": 1}}
+    changes |= {"augment__crop": "none", "optimizer__learning_rate": 0.02, "epochs": 20}
+    config = tiny_config(str(data), folder / "run", batch_size=16, evaluate_every=5, **changes)
     am.train(config, quiet=True)
     return folder / "run", data
 
@@ -149,17 +130,9 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
 
 
 def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_path: Path):
-    config = am.recipe("finetune").with_values(
-        {
-            "model.weights": str(run[0]),
-            "data.source": str(run[1]),
-            "optimizer.warmup": 0.1,
-            "epochs": 2,
-            "batch_size": 32,
-            "augment.crop": "none",
-            "output": str(tmp_path / "study"),
-        }
-    )
+    changes = {"model.weights": str(run[0]), "data.source": str(run[1]), "epochs": 2}
+    changes |= {"optimizer.warmup": 0.1, "batch_size": 32, "augment.crop": "none"}
+    config = am.recipe("finetune").with_values({**changes, "output": str(tmp_path / "study")})
     result = am.finetune(config, grid=[0.01, 0.001], quiet=True)
     assert result.best_by == "mean_average_precision"
     assert result.grid[result.learning_rate] == max(filter(None, result.grid.values()))

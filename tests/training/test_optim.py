@@ -1,7 +1,5 @@
 """Losses, learning rate, Google's updates, what optimizers move, state, average and SAM."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any
@@ -134,10 +132,7 @@ def test_a_run_is_longer_than_its_warmup(warmup: float, num_steps: int, fits: bo
 
 # Google's warm-up is 4 of 12 steps; big_vision's linear decay ends at 1e-5, relative.
 PRETRAIN = AdamW(
-    learning_rate=3e-3,
-    weight_decay=1.0,
-    schedule=Linear(final_lr_fraction=1e-5),
-    warmup=4 / 12,
+    learning_rate=3e-3, weight_decay=1.0, schedule=Linear(final_lr_fraction=1e-5), warmup=4 / 12
 )
 FINETUNE = SGD(learning_rate=0.06, momentum=0.9, warmup=4 / 12)
 

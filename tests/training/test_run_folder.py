@@ -1,7 +1,5 @@
 """What a run writes, and what it takes back when it resumes from an earlier step."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import json

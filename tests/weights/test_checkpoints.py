@@ -1,7 +1,5 @@
 """The list of published checkpoints, and loading by their names from a server of our own."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections import Counter

@@ -1,7 +1,5 @@
 """Downloads from a server that hangs up, changes, lies or is not there."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

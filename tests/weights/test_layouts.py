@@ -1,8 +1,6 @@
 """The files of Google, timm, and CycleMLP's and Vision Permutator's authors: the same bits in and
 out, and what they do not say."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Another image size: each method against its own exact oracle."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
