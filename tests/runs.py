@@ -176,14 +176,9 @@ def start_two(
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared = {"WORLD_SIZE": "2", **address, **environment}
+    ranks = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     return [
-        start(
-            config,
-            text.with_name(f"{text.name}.{rank}"),
-            fault,
-            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
+        start(config, text.with_name(f"{text.name}.{own['RANK']}"), fault, own) for own in ranks
     ]
 
 

@@ -162,9 +162,6 @@ def test_what_cannot_be_measured(monkeypatch):
         quick({"a": tiny_model()}, compile=True)
 
 
-# The command
-
-
 def test_a_table_and_a_file(capsys, saved, tmp_path, trained):
     target, run = tmp_path / "new" / "speed.json", trained.run_folder
     out, _ = ran(capsys, "benchmark", saved, run, *QUICK, "--output", target)

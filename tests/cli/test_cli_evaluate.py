@@ -93,9 +93,6 @@ def test_weights_that_give_nan(capsys, class_folder: Path, tmp_path: Path):
     assert not list((tmp_path / "out").iterdir())
 
 
-# Several processes
-
-
 SAVE = """
 from allmlp.evaluation.metrics import Evaluation
 

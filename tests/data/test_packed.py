@@ -142,9 +142,6 @@ def test_it_survives_pickling_and_forking(tmp_path: Path):
         assert pool.map(_read, [source] * 4) == [_read(made())] * 4
 
 
-# Tars
-
-
 def test_shards_of_earlier_versions(tmp_path: Path):
     """Their labels are numbers of classes that only the index names."""
     splits = open_splits(str(OLD))
@@ -251,9 +248,6 @@ def test_damaged_tars_are_not_read_in_part(tmp_path: Path):
         path.write_bytes(data)
         with pytest.raises(UserError, match="damaged, cut short or compressed"):
             open_splits(str(tmp_path))
-
-
-# Commands
 
 
 def test_the_command_pack(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

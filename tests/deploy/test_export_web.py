@@ -31,9 +31,6 @@ pytest.importorskip("onnxscript", reason="pip install 'allmlp[export]'")
 PACKAGE = f"onnxruntime-web-{web.VERSION}.tgz"
 
 
-# --- without a browser ----------------------------------------------------------------------------
-
-
 def small_package() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as package:

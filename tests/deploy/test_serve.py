@@ -373,9 +373,6 @@ def test_an_exported_file_has_a_map_and_no_units(service, tmp_path):
     assert drops[0] == pytest.approx(drops[1], abs=1e-3)
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "bugs.safetensors"

@@ -299,9 +299,6 @@ def test_what_cannot_be_measured(class_folder: Path):
         am.evaluate(tiny_model(["ant", "bee", "cat"]), str(class_folder), num_workers=0)
 
 
-# Calibration
-
-
 def direct(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:
     """The definition, image by image, in float64."""
     total = 0.0

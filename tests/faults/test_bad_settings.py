@@ -68,9 +68,6 @@ def test_memory_that_cannot_be_had(capsys, monkeypatch, ask):
     assert (code, out, err.count("error: "), err.count("Traceback")) == (2, "", 1, 0)
 
 
-# The run folder
-
-
 def test_another_run_is_there(old, capsys):
     config = run_config(old / "data", old / "run", steps=5, evaluate_every=4, seed=3)
     config = config.with_values({"model.image_size": 16, "model.overrides.hidden_dim": 32})

@@ -16,7 +16,7 @@ from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
-from conftest import draw, encode, make_class_folder, tiny_config, tiny_model, tiny_run, turned
+from conftest import draw, encode, make_class_folder, tiny_model, tiny_run, turned
 from odd_images import arrow
 
 
@@ -45,10 +45,9 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     before = {path: path.read_bytes() for path in bad.values()}
     losses = []
     for number, workers in enumerate((0, 2)):
-        config = tiny_config(
-            str(data), tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
-        )
-        run = am.train(config, quiet=True).run_folder
+        run = tiny_run(
+            data, tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
+        ).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
         assert {Path(name).name for name in listed} == set(bad)

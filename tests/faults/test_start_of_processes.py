@@ -58,8 +58,7 @@ def test_a_script_with_a_guard(tmp_path: Path, method: str):
     done = run_script(tmp_path, method, GUARDED)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     changes = {"epochs": 1, "data__num_workers": 0}
-    config = tiny_config(str(tmp_path / "data"), tmp_path / "here", **changes)
-    result = am.train(config, quiet=True)
+    result = tiny_run(tmp_path / "data", tmp_path / "here", **changes)
     assert done.stdout.split() == ["reached", str(result.validation.top1)]
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "here")
 
@@ -70,8 +69,6 @@ def test_a_process_of_the_users_that_runs_the_script_again(tmp_path: Path, monke
         tiny_run(str(make_data(tmp_path / "data")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
-
-# A worker that never answers
 
 HANG = """
 import torch.utils.data._utils as parts

@@ -116,9 +116,6 @@ def test_zero_units_enter_no_other_number():
     assert (nothing["opposite_share"], nothing["frequency"]["mean"]) == (None, None)
 
 
-# The units of a model
-
-
 def test_units_are_row_major_over_the_grid():
     model = tiny_model(image_size=(8, 12))
     first = model.blocks[0].token_mixing

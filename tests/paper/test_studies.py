@@ -32,9 +32,6 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# Data scale
-
-
 def run(place: Path, folder: str = "study", **changes: Any) -> Study:
     given = {"data": str(place / "data"), "few_shot_data": str(place / "other"), "shots": 2}
     given |= {"models": ["mixer_s16"], "fractions": [0.1, 1.0], "few_shot_seeds": (0, 1)}
@@ -136,9 +133,6 @@ def test_validation_is_the_same_for_all(place, asked):
     assert len(validations) == 1
 
 
-# Permutation
-
-
 def digits(folder: Path, **changes: Any) -> dict[str, Any]:
     """Four steps of a tiny Mixer on the digits."""
     given: dict[str, Any] = {"data": "digits", "recipe": "digits", "output": str(folder)}
@@ -174,9 +168,6 @@ def test_the_permutation_study_from_start_to_figure(tmp_path: Path, real_figures
             kind,
             2 if kind == "patches" else None,
         )
-
-
-# Ablations
 
 
 def variants(**settings: Any) -> dict[str, Any]:

@@ -136,8 +136,7 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
 
     def run(name: str, **changes: object) -> tuple[list[float], str]:
         given = {"augment__mixup": 0.5, "model__overrides": overrides, **changes}
-        config = tiny_config(str(class_folder), tmp_path / name, **given)
-        folder = am.train(config, quiet=True).run_folder
+        folder = tiny_run(class_folder, tmp_path / name, **given).run_folder
         return losses_of(folder), (folder / "log.txt").read_text()
 
     whole, _ = run("whole")

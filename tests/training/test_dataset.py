@@ -122,8 +122,7 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     splits = open_splits(str(data))
     found = find_duplicates(splits, num_workers=0)
     drops.write_text(exclude_list(found.splits, duplicates_to_exclude(found), "data"))
-    config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
-    run = am.train(config, quiet=True).run_folder
+    run = tiny_run(data, tmp_path / "run", data__exclude=str(drops)).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
     assert "left out 3 images by" in said

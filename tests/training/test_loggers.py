@@ -120,8 +120,7 @@ LOG_CALLS = ("log", "log_metrics", "add_scalar")  # of values by name, or of one
 def test_trackers_and_their_resumed_run(class_folder, tmp_path: Path, monkeypatch, name: str):
     module, path = FakeTracker(), "torch.utils.tensorboard" if name == "tensorboard" else name
     monkeypatch.setitem(sys.modules, path, module)
-    config = tiny_config(str(class_folder), tmp_path / "run", log=name)
-    am.train(config, quiet=True)
+    tiny_run(class_folder, tmp_path / "run", log=name)
     logged = [given[0] for called, given, _ in module.calls if called in LOG_CALLS]
     assert sum("training/loss" in values for values in logged) == 5
     assert sum("evaluation/validation_top1" in values for values in logged) == 2

@@ -13,7 +13,7 @@ import allmlp as am
 from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation, average_precision
 from allmlp.training.run_folder import config_of
-from conftest import TINY, mixer, tiny_config, tiny_model, user_error
+from conftest import TINY, mixer, tiny_model, tiny_run, user_error
 
 COLORS = {"red": 0, "green": 1, "blue": 2}
 
@@ -73,8 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     data = make_set(folder)
     changes = {"data__holdout": 0.3, "model__overrides": {**TINY, "num_blocks": 1}}
     changes |= {"augment__crop": "none", "optimizer__learning_rate": 0.02, "epochs": 20}
-    config = tiny_config(str(data), folder / "run", batch_size=16, evaluate_every=5, **changes)
-    am.train(config, quiet=True)
+    tiny_run(data, folder / "run", batch_size=16, evaluate_every=5, **changes)
     return folder / "run", data
 
 

@@ -247,8 +247,6 @@ def test_muon_in_float32_is_that_of_pytorch_up_to_bfloat16(nesterov: bool):
         torch.testing.assert_close(*momenta)
 
 
-# The state by name
-
 SETTINGS: dict[str, Optimizer] = {
     "adamw": AdamW(learning_rate=0.01, warmup=2),
     "sgd": SGD(learning_rate=0.1, warmup=2),
@@ -351,9 +349,6 @@ def test_the_weights_come_back_bit_for_bit(fails: bool):
             if fails:
                 raise KeyError
     assert bits(dict(model.named_parameters())) == before
-
-
-# What a run costs
 
 
 def test_operations_and_images():

@@ -232,9 +232,6 @@ def test_the_papers_comparison_systems(real_timm, monkeypatch, name, parameters,
     assert model.config.image_size == (int(pixels), int(pixels))
 
 
-# --- training: batch normalisation has running means ----------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_resumes_with_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     changes = {"model__overrides": {}, "model__name": "timm:fake_cnn", "model__image_size": 16}
