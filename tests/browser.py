@@ -1,7 +1,5 @@
 """Chromium without a window, driven over its own pipe; nothing else is installed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -107,7 +105,6 @@ def browser(folder: Path) -> Iterator[Browser]:
     """Runs Chromium for the block, with its profile in a folder."""
     import fcntl  # as Unix has it
 
-    assert PROGRAM is not None
     (theirs, commands), (answers, back) = os.pipe(), os.pipe()
     copies = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (theirs, back)]
 

@@ -1,7 +1,7 @@
-"""What many tests share: small drawn images, class folders, and one trained run."""
+"""What many tests share: small drawn images, class folders, small runs, and the command."""
 
-from __future__ import annotations
-
+import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -19,6 +19,9 @@ from PIL import Image
 import allmlp as am
 from allmlp import plots
 from allmlp.cli.main import main
+from allmlp.data.source import Source
+from allmlp.data.sources import open_splits
+from allmlp.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,6 +53,13 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
+def turned(orientation: int) -> Image.Exif:
+    """The tags of an image that is to be turned when it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def make_class_folder(folder: Path, classes: dict[str, int], start: int = 0) -> Path:
     """FOLDER/<class>/<n>.png with so many drawn images each."""
     seed = start
@@ -70,12 +80,45 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def make_data(folder: Path) -> Path:
+    """Twenty training and nine validation images of three classes."""
+    make_class_folder(folder / "train", {"ant": 6, "bee": 8, "cat": 6})
+    make_class_folder(folder / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
+    return folder
+
+
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
-    """A data set with train/ and val/ of three classes."""
-    make_class_folder(tmp_path / "data" / "train", {"ant": 6, "bee": 8, "cat": 6})
-    make_class_folder(tmp_path / "data" / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
-    return tmp_path / "data"
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def source(class_folder: Path) -> Source:
+    """The training images of `class_folder`."""
+    return open_splits(str(class_folder))["train"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for the runs of a module, which may lie beside it."""
+    return make_data(tmp_path_factory.mktemp("runs") / "data")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The weights and data of `studies`."""
+    import studies
+
+    return studies.make_place(tmp_path)
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """Ends the processes of `runs` that a failed test has left."""
+    import runs
+
+    yield
+    runs.kill_what_is_left()
 
 
 TINY = {
@@ -90,20 +133,22 @@ TINY = {
 def tiny_config(source: str, output: Path, **changes: object) -> am.TrainConfig:
     """A run that takes a second, of any source."""
     config = am.recipe("scratch")
-    values: dict[str, object] = {
-        "data.source": source,
-        "output": str(output),
-        "model.image_size": 8,
-        "epochs": 2,
-        "batch_size": 8,
-        "evaluate_every": 1,
-        "device": "cpu",
-        "model.overrides": TINY,
-        "data.num_workers": 0,
-    }
+    values: dict[str, object] = {"data.source": source, "output": str(output)}
+    values |= {"model.image_size": 8, "epochs": 2, "batch_size": 8, "evaluate_every": 1}
+    values |= {"device": "cpu", "model.overrides": TINY, "data.num_workers": 0}
     for key, value in {**values, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
         config = config.with_value(key, value)
     return config
+
+
+def tiny_run(source: object, output: Path, **changes: object) -> am.TrainResult:
+    """Trains with `tiny_config`."""
+    return am.train(tiny_config(str(source), output, **changes), quiet=True)
+
+
+def best_of(run: Path) -> bytes:
+    """The best weights of a run."""
+    return (run / "best" / "model.safetensors").read_bytes()
 
 
 DRAWN = (
@@ -165,7 +210,7 @@ def check_every_gradient(model: am.ImageClassifier) -> None:
         model: in float64, where rounding is 1e-16 of the largest gradient and no other below 1e-6.
     """
     assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == set()
-    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters()}  # pyright: ignore
+    largest = {name: float(p.grad.abs().max()) for name, p in model.named_parameters()}
     assert all(np.isfinite(list(largest.values())))
     limit = 1e-9 * max(largest.values())
     is_silent = isinstance(model, am.MlpMixer) and model.config.token_mixing == "shared"
@@ -179,3 +224,39 @@ def mixer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Runs a command that must succeed; returns standard output and error."""
+    code, out, err = mixer(capsys, *arguments)
+    assert code == 0, out + err
+    return out, err
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """Runs a command that ends with one message and changes nothing in the folder; returns it."""
+    before = files(folder)
+    code, out, err = mixer(capsys, *arguments)
+    assert (code, out, err.count("error: ")) == (2, "", 1), out + err
+    assert "Traceback" not in err
+    assert files(folder) == before
+    return err
+
+
+@contextlib.contextmanager
+def user_error(code: str, *named: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """The block ends with a UserError of this code, whose message holds these words."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert caught.value.code == code
+    assert all(str(word) in str(caught.value) for word in named)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Returns every file with its content, and every folder, to see that nothing changed."""
+    found = sorted(folder.rglob("*"))
+    return {str(path): digest(path) if path.is_file() else "folder" for path in found}

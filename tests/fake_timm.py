@@ -1,7 +1,5 @@
 """A stand-in for timm, which is no dependency: three small networks behind the same functions."""
 
-from __future__ import annotations
-
 import fnmatch
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Google's names and layout of the golden arrays -> ours."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The Hugging Face hub on loopback, as far as huggingface_hub asks it: create, commit, download."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import http.server

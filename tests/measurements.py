@@ -1,12 +1,10 @@
 """Measurement files made by hand, as the commands write them, for tests of the report."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
-from allmlp.weights.checkpoints import find_checkpoint
+from allmlp.weights.checkpoints import CHECKPOINTS
 
 ARCHITECTURE = {
     "family": "mixer",
@@ -22,35 +20,20 @@ ARCHITECTURE = {
 
 def measured(kind: str, **values: Any) -> dict[str, Any]:
     """What every measurement has; the device is a GPU that nobody has."""
-    environment = {
-        "date": "2026-11-21T12:00:00+00:00",
-        "command": f"mixer {kind} as typed",
-        "allmlp": "0.1.0",
-        "python": "3.11.7",
-        "packages": {"torch": "2.13.0"},
-        "processor": "Test CPU",
-        "threads": 2,
-        "device": "cpu",
-    }
+    environment = {"date": "2026-11-21T12:00:00+00:00", "command": f"mixer {kind} as typed"}
+    environment |= {"allmlp": "0.1.0", "python": "3.11.7", "packages": {"torch": "2.13.0"}}
+    environment |= {"processor": "Test CPU", "threads": 2, "device": "cpu"}
     header = {"format": "allmlp measurement", "version": 1, "kind": kind}
     return {**header, "environment": environment, **values}
 
 
 def model(name: str = "mixer_b16", source: str = "mixer_b16.i21k") -> dict[str, Any]:
-    return {
-        "name": name,
-        "source": source,
-        "architecture": ARCHITECTURE,
-        "image_size": [224, 224],
-    }
+    return {"name": name, "source": source, "architecture": ARCHITECTURE, "image_size": [224, 224]}
 
 
 def imagenet(**changes: Any) -> dict[str, Any]:
     """An evaluation on the 50,000 validation images of ImageNet."""
-    checkpoint = find_checkpoint("mixer_b16.i1k")
-    assert checkpoint is not None
-    names = checkpoint.class_names()
-    assert names is not None
+    names = CHECKPOINTS["mixer_b16.i1k"].class_names()
     values: dict[str, Any] = {
         "model": model(),
         "data": "imagenet:validation",
@@ -77,15 +60,9 @@ def few_shot(**changes: Any) -> dict[str, Any]:
 
 
 def throughput(**changes: Any) -> dict[str, Any]:
-    entry = {
-        "name": "mixer_b16",
-        "model": model(source="random"),
-        "mode": "inference",
-        "precision": "float32",
-        "compiled": False,
-        "threads": 2,
-        "best": {"batch_size": 8, "images_per_second": 12.3456},
-    }
+    entry = {"name": "mixer_b16", "model": model(source="random"), "mode": "inference"}
+    entry |= {"precision": "float32", "compiled": False, "threads": 2}
+    entry |= {"best": {"batch_size": 8, "images_per_second": 12.3456}}
     training = {**entry, "mode": "training", "best": {"batch_size": 4, "images_per_second": 3.21}}
     broken = {**entry, "best": None, "error": "out of memory"}
     values = {"rounds": 5, "seconds": 2.0, "models": [entry, training, broken]}
@@ -94,28 +71,12 @@ def throughput(**changes: Any) -> dict[str, Any]:
 
 def suite(kind: str, tasks: int, total: int, **changes: Any) -> dict[str, Any]:
     """A suite with so many of its tasks done."""
-    done = {
-        f"task{at}": {
-            "accuracy": 0.7,
-            "deviation": 0.01,
-            "seeds": [0, 1, 2],
-            "source": f"folder{at}",
-            "image_size": 224,
-            "resize": "resize-crop",
-        }
-        for at in range(tasks)
-    }
+    one = {"accuracy": 0.7, "deviation": 0.01, "seeds": [0, 1, 2], "image_size": 224}
+    one |= {"resize": "resize-crop"}
+    done = {f"task{at}": {**one, "source": f"folder{at}"} for at in range(tasks)}
     missing = [f"task{at}" for at in range(tasks, total)]
-    values = {
-        "model": model(),
-        "checkpoint": "mixer_b16.i21k",
-        "protocol": "paper",
-        "changes": [],
-        "tasks": done,
-        "mean": 0.7,
-        "partial": bool(missing),
-        "missing": missing,
-    }
+    values = {"model": model(), "checkpoint": "mixer_b16.i21k", "protocol": "paper", "changes": []}
+    values |= {"tasks": done, "mean": 0.7, "partial": bool(missing), "missing": missing}
     return measured(kind, **{**values, **changes})
 
 

@@ -1,7 +1,5 @@
 """Encoded images of every bit depth and kind of transparency, with the pixels they stand for."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Sequence
@@ -68,6 +66,18 @@ def png16(samples: np.ndarray, clear: Sequence[int] | None = None) -> bytes:
 def chunk(kind: bytes, body: bytes) -> bytes:
     """A chunk of a PNG."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+UNDO = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), strict=True))
+
+
+def arrow(orientation: int = 1) -> Image.Image:
+    """An image that every turn and mirror changes, as a file of this orientation stores it."""
+    pixels = np.zeros((24, 16, 3), np.uint8)
+    pixels[2:8, 2:4] = (250, 10, 10)
+    pixels[20:22, 6:14] = (10, 250, 10)
+    upright = Image.fromarray(pixels)
+    return upright.transpose(UNDO[orientation]) if orientation in UNDO else upright
 
 
 def full(*values: int) -> np.ndarray:

@@ -5,12 +5,9 @@ and forks for every command, so that one costs a second and not five. With argum
 the command itself.
 """
 
-from __future__ import annotations
-
 import atexit
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -32,7 +29,7 @@ from allmlp import plots
 from allmlp.cli.main import main
 from allmlp.training import train as loop
 from allmlp.training.config import flat
-from conftest import TINY, make_class_folder, tiny_config
+from conftest import TINY, digest, tiny_config
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks as Unix has them")
 
@@ -54,13 +51,6 @@ def run_config(data: Path, output: Path, **changes: object) -> am.TrainConfig:
     values: dict[str, object] = {**RANDOM, "steps": 30, "evaluate_every": 10, **changes}
     long = {key: values.pop(key) for key in ("steps", "evaluate_every")}
     return tiny_config(str(data), output, **values).with_values(long)
-
-
-def make_data(folder: Path) -> Path:
-    """Twenty training and nine validation images of three classes."""
-    make_class_folder(folder / "train", {"ant": 6, "bee": 8, "cat": 6})
-    make_class_folder(folder / "val", {"ant": 3, "bee": 3, "cat": 3}, start=100)
-    return folder
 
 
 # Runs in this process
@@ -136,7 +126,6 @@ class Process:
     def wait(self, seconds: float = 60.0) -> int:
         """Returns the exit code."""
         until(lambda: self.poll() is not None, seconds)
-        assert self.code is not None
         return self.code
 
     def kill(self) -> int:
@@ -187,14 +176,9 @@ def start_two(
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared = {"WORLD_SIZE": "2", **address, **environment}
+    ranks = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     return [
-        start(
-            config,
-            text.with_name(f"{text.name}.{rank}"),
-            fault,
-            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
+        start(config, text.with_name(f"{text.name}.{own['RANK']}"), fault, own) for own in ranks
     ]
 
 
@@ -249,8 +233,6 @@ class Nursery:
         )
 
     def ask(self, order: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -328,10 +310,6 @@ def results_of(run: Path) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def check_same(run: Path, straight: Path) -> None:
     """Two runs are the same in every logged number, in their last full state and in best/."""
     assert len(losses_of(run)) == len(losses_of(straight))
@@ -344,12 +322,6 @@ def check_same(run: Path, straight: Path) -> None:
     assert states[0].parent.name == states[1].parent.name
     assert digest(states[0]) == digest(states[1])
     assert digest(run / "best/model.safetensors") == digest(straight / "best/model.safetensors")
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Returns every file with its content, and every folder, to see that nothing changed."""
-    found = sorted(folder.rglob("*"))
-    return {str(path): digest(path) if path.is_file() else "folder" for path in found}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """`mixer serve` as a process of its own, on a port that the system chooses."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess
@@ -18,7 +16,6 @@ def serving(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[st
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         found = re.fullmatch(r"serving  (http://\S+)  \(.+ classes\); Ctrl-C ends it\n", line)
         if found is None:

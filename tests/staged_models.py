@@ -4,8 +4,6 @@ The golden logits were computed by the authors' codes (ShoufaChen/CycleMLP at 4e
 Andrew-Qibin/VisionPermutator at 2cab2ce) in float64, from weights that numpy draws.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

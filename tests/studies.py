@@ -1,7 +1,5 @@
 """What tests of studies share: weights and data, and runs that only pretend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +17,9 @@ COUNTS = {"ant": 10, "bee": 12, "cat": 10}
 
 def six_steps(weights: object, data: str, output: str | None, **changes: object) -> am.TrainConfig:
     """The settings of a fine-tuning of six steps of eight images."""
-    values: dict[str, object] = {
-        "model.weights": str(weights),
-        "data.source": data,
-        "output": output,
-        "steps": 6,
-        "batch_size": 8,
-        "evaluate_every": 3,
-        "optimizer.warmup": 1,
-        "device": "cpu",
-        "data.num_workers": 0,
-    }
+    values = {"model.weights": str(weights), "data.source": data, "output": output, "steps": 6}
+    values |= {"batch_size": 8, "evaluate_every": 3, "optimizer.warmup": 1}
+    values |= {"device": "cpu", "data.num_workers": 0}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return am.recipe("finetune").with_values(values)
 
@@ -77,7 +67,7 @@ def pretend(
             return SimpleNamespace(top1=top1, figures=figures.items, **shown)
 
         test = None if "/grid/" in str(run) else measured(accuracy)
-        return TrainResult(run, measured(0.9), test)  # type: ignore[arg-type]
+        return TrainResult(run, measured(0.9), test)
 
     monkeypatch.setattr(sweep, "train", train)
     return asked

@@ -1,6 +1,6 @@
 """Apple GPUs, as far as a machine without one shows: see apple_gpu.py."""
 
-from __future__ import annotations
+import contextlib
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import allmlp as am
 from allmlp.runtime.device import choose_device, choose_policy
 from allmlp.runtime.world import join_world
-from apple_gpu import apple_gpu
+from apple_gpu import OPERATIONS, apple_gpu
 from conftest import TINY, tiny_config
 
 EVERYTHING = {
@@ -60,11 +60,12 @@ def test_a_run_equals_that_of_a_cpu(class_folder, tmp_path, changes):
     for device in ("cpu", "mps:0"):
         given = {"device": device, "epochs": 1, **changes}
         config = tiny_config(str(class_folder), tmp_path / device[:3], **given)
-        if device == "cpu":
+        OPERATIONS.clear()
+        with contextlib.nullcontext() if device == "cpu" else apple_gpu():
             runs.append(am.train(config, quiet=True).run_folder)
-        else:
-            with apple_gpu():
-                runs.append(am.train(config, quiet=True).run_folder)
+        assert bool(OPERATIONS) == (device != "cpu")
+    there = ("convolution", "convolution_backward", "gelu", "gelu_backward")
+    assert {f"aten.{name}.default" for name in there} <= OPERATIONS
     with apple_gpu():
         found = am.evaluate(runs[0], data=f"{class_folder}:validation", device="mps:0")
         assert found.precision.startswith("float32")

@@ -1,7 +1,5 @@
 """The benchmark of real, tiny models: what is counted, what comes back, what is left alone."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path
@@ -9,18 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp as am
-from allmlp.benchmark import (
-    ModelBenchmark,
-    Peak,
-    _Timed,
-    peak_growth,
-)
+from allmlp.benchmark import ModelBenchmark, Peak, _Timed, peak_growth
 from allmlp.evaluation.result_file import read_measurement
 from allmlp.training.recipes import RECIPES
-from conftest import TINY, mixer, tiny_model
+from conftest import mixer, ran, refused, tiny_model
 
 CPU = torch.device("cpu")
 QUICK = ("--device", "cpu", "--seconds", "0.001", "--rounds", "1", "--batch-sizes", "1", "2")
@@ -46,26 +38,6 @@ def patched(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return am.save_model(tiny_model(), tmp_path / "tiny").parent
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "changes"),
-    [
-        ("mixer_b32", (64, 96), {"num_classes": 0}),
-        ("mixer_h14", 28, {"in_channels": 1}),
-        ("mixer_s16", 8, TINY),
-        *((name, None, {}) for name in ("mixer_s32", "cycle_mlp_b1", "vip_s7")),
-    ],
-)
-def test_flops_equal_torchs_count(name, size, changes):
-    with torch.device("meta"):
-        model = am.create_model(name, size, **changes).eval()
-        images = torch.empty(1, model.config.in_channels, *model.config.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    assert model.config.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
-    if name.startswith("mixer"):
-        assert model.config.flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +105,6 @@ def test_a_training_step_computes_every_gradient_and_moves_no_weight():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         if "token_mixing.dense_1.bias" not in name:  # zero but for rounding
-            assert parameter.grad is not None
             assert parameter.grad.abs().max() > 0, name
 
 
@@ -191,13 +162,9 @@ def test_what_cannot_be_measured(monkeypatch):
         quick({"a": tiny_model()}, compile=True)
 
 
-# The command
-
-
 def test_a_table_and_a_file(capsys, saved, tmp_path, trained):
     target, run = tmp_path / "new" / "speed.json", trained.run_folder
-    code, out, _ = mixer(capsys, "benchmark", saved, run, *QUICK, "--output", target)
-    assert code == 0
+    out, _ = ran(capsys, "benchmark", saved, run, *QUICK, "--output", target)
     assert "float32: 100 GFLOP/s, 2x3 by 3x4" in out
     assert "images/s at batch" in out
     assert out.splitlines()[-1] == f"written  {target}"
@@ -221,8 +188,7 @@ def test_the_command_fails_if_nothing_was_measured(capsys, saved, monkeypatch):
 def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "cifar10", RECIPES["digits"])
     target = tmp_path / "cost.json"
-    code, out, _ = mixer(capsys, "benchmark", "--recipe", "cifar10", *QUICK, "--output", target)
-    assert code == 0
+    out, _ = ran(capsys, "benchmark", "--recipe", "cifar10", *QUICK, "--output", target)
     assert "recipe   cifar10: 100 epochs of 45,000 images (CIFAR-10" in out
     assert " days" in out
     found = json.loads(target.read_text())
@@ -232,7 +198,6 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
     assert cost["device_days"] == pytest.approx(4_500_000 / rate / 86_400)
     assert cost["operations"] == 3 * model["flops"] * 4_500_000
     again = quick((), recipe="digits", images=1000).recipe
-    assert again is not None
     assert again["images_seen"] == 100_000
 
 
@@ -251,8 +216,6 @@ def test_what_a_recipe_takes(capsys, tmp_path, monkeypatch):
         (("--recipe", "finetune_pets"), "fine-tunes a model of your choice"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_measured(capsys, monkeypatch, arguments, message):
+def test_mistakes_come_before_any_measurement(capsys, tmp_path, monkeypatch, arguments, message):
     patched(monkeypatch, measure_peak=None)
-    code, out, err = mixer(capsys, "benchmark", *arguments)
-    assert (code, out) == (2, "")
-    assert message in err
+    assert message in refused(capsys, tmp_path, "benchmark", *arguments)

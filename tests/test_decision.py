@@ -1,7 +1,5 @@
 """From logits to probabilities and answers, wherever a model's answers are computed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,9 +8,8 @@ import pytest
 import torch
 
 import allmlp as am
-from allmlp.cli.main import main
 from allmlp.inspection.attribution import occlusion
-from conftest import tiny_model
+from conftest import mixer, tiny_model
 
 SINGLE = am.Decision(temperature=2.5, unsure_below=0.6, measured={"temperature": {"images": 9}})
 MULTI = am.Decision(labels="multi", temperature=0.5, thresholds=(0.1, 0.5, 0.9))
@@ -51,11 +48,11 @@ def test_probabilities_and_answers():
 )
 def test_values_out_of_range(wrong: dict[str, object]):
     with pytest.raises(ValueError, match=r"Decision"):
-        am.Decision(**wrong)  # pyright: ignore[reportArgumentType]
+        am.Decision(**wrong)
 
 
 @pytest.mark.parametrize("decision", [am.Decision(), SINGLE, MULTI])
-def test_it_travels_with_the_weights(decision: am.Decision, tmp_path: Path):
+def test_it_travels_with_the_weights(decision: am.Decision, tmp_path: Path, capsys):
     model = model_with(decision)
     folder = am.save_model(model, tmp_path / "model").parent
     assert ("decision" in json.loads((folder / "config.json").read_text())) is (
@@ -66,9 +63,7 @@ def test_it_travels_with_the_weights(decision: am.Decision, tmp_path: Path):
         (folder, "c.npz", ["--format", "google"]),
         ("c.npz", "d", ["--format", "timm"]),
     ):
-        with pytest.raises(SystemExit) as end:
-            main(["convert", str(tmp_path / source), str(tmp_path / target), *options])
-        assert not end.value.code
+        assert mixer(capsys, "convert", tmp_path / source, tmp_path / target, *options)[0] == 0
         assert am.load_model(tmp_path / target).decision == decision
     assert am.load_model(folder, image_size=16, quiet=True).decision == decision
     assert am.load_model(folder, num_classes=5, quiet=True).decision == am.Decision()

@@ -1,7 +1,5 @@
 """Devices: names, which process gets which GPU, and what float32 means on one."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 
@@ -26,7 +24,7 @@ def test_devices():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     absent = () if torch.cuda.is_available() else ("cuda",)
     for name in ("gpu", "mps", "meta", *absent):
-        with pytest.raises(am.UserError):
+        with pytest.raises(am.UserError, match=f"device '{name}'"):
             choose_device(name)
 
 

@@ -1,7 +1,5 @@
 """README and docs: every command line parses, every link leads somewhere, the API names exist."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

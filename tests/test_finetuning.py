@@ -1,7 +1,5 @@
 """Fine-tuning studies: the grid and its held-out images, the seeds, and how a study resumes."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from pathlib import Path
@@ -11,13 +9,8 @@ import pytest
 import allmlp as am
 from allmlp import sweep
 from allmlp.training.report import TrainResult
-from conftest import make_class_folder
+from conftest import best_of, make_class_folder
 from studies import COUNTS, make_place, pretend, settings
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +73,7 @@ def test_the_grid_never_opens_the_test_images(finished):
 def test_the_folder_of_a_study(finished):
     place, result = finished
     folder = place / "study"
-    weights = (folder / "best" / "model.safetensors").read_bytes()
-    assert weights == (folder / "seed-3" / "best" / "model.safetensors").read_bytes()
+    assert best_of(folder) == best_of(folder / "seed-3")
     card = (folder / "best" / "README.md").read_text()
     assert "mixer predict . photo.jpg" in card
     assert str(place) not in card

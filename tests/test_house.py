@@ -1,7 +1,5 @@
 """The house: a file imports only from its own folder and from floors below; no circles."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from pathlib import Path
@@ -12,16 +10,8 @@ PACKAGE = Path(allmlp.__file__).parent
 # Upward. Files directly in the package stand on the floor where their name is listed.
 FLOORS = [
     {
-        "names",
-        "errors",
-        "options",
-        "preprocessing",
-        "decision",
-        "console",
-        "log",
-        "io",
-        "environment",
-        "page",
+        *("names", "errors", "options", "preprocessing", "decision", "console", "log", "io"),
+        *("environment", "page"),
     },
     {"runtime"},
     {"data"},

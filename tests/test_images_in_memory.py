@@ -1,7 +1,5 @@
 """Images in memory: in evaluate, as a model's transform, and a model in a notebook."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 import allmlp as am
-from conftest import draw, encode, tiny_model
+from conftest import draw, encode, tiny_model, user_error
 
 
 def model_of_two() -> am.ImageClassifier:
@@ -61,9 +59,8 @@ def test_evaluate_takes_every_kind_of_image(tmp_path: Path):
     ],
 )
 def test_what_is_not_images_with_labels(data: object, code: str):
-    with pytest.raises(am.UserError) as caught:
+    with user_error(code):
         am.evaluate(model_of_two(), data)
-    assert caught.value.code == code
 
 
 def test_a_models_transform_is_the_preprocessing_of_predict():
@@ -79,7 +76,7 @@ def test_a_models_transform_is_the_preprocessing_of_predict():
             dict(zip(["ant", "bee"], expected.tolist(), strict=True)), abs=1e-6
         )
     assert torch.equal(model.transform(np.asarray(draw(1))), model.transform(encode(draw(1))))
-    with pytest.raises(am.UserError):
+    with user_error("wrong-type"):
         model.transform(np.zeros((4, 4, 3)))
 
 

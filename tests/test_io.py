@@ -1,8 +1,5 @@
 """Output paths, atomic writes, and the partial files that killed processes leave."""
 
-from __future__ import annotations
-
-import errno
 import os
 from pathlib import Path
 
@@ -48,31 +45,7 @@ def test_outputs_beside_the_inputs(data: Path):
     read = [data / "data", data / "list.csv", data / "not there"]
     outputs = [data / "elsewhere", data / "other.csv", data / "data2", data / "list.csv2"]
     io.check_not_inputs(outputs, read, [str(data / "elsewhere/b.png")])
-
-
-def test_an_output_that_is_one_of_many_images(data: Path):
-    images = [str(data / "data/red/a.png"), str(data / "elsewhere/b.png")]
-    with pytest.raises(UserError, match=r"b\.png"):
-        io.check_not_inputs([data / "elsewhere/b.png"], [], images)
-
-
-def test_existing_files_are_replaced_only_with_overwrite(data: Path):
-    with pytest.raises(UserError) as error:
-        io.check_output_file(data / "list.csv", overwrite=False)
-    assert error.value.code == "exists"
-    io.check_output_file(data / "list.csv", overwrite=True)
-    io.check_output_folder(data, ["other"])
-    with pytest.raises(UserError, match=r"list\.csv") as error:
-        io.check_output_folder(data, ["other", "list.csv"])
-    assert error.value.code == "exists"
-    io.check_output_folder(data, ["other", "list.csv"], overwrite=True)
-
-
-@pytest.mark.parametrize("folder", ["-", "list.csv"])
-def test_outputs_that_are_not_a_folder(data: Path, monkeypatch, folder: str):
-    monkeypatch.chdir(data)
-    with pytest.raises(UserError):
-        io.check_output_folder(Path(folder))
+    io.check_output_folder(data, ["other"])  # beside other files
 
 
 def test_partial_files_of_living_processes_stay(tmp_path: Path):
@@ -85,13 +58,3 @@ def test_partial_files_of_living_processes_stay(tmp_path: Path):
     os.utime(old, (0, 0))
     io.remove_stale(tmp_path)
     assert set(tmp_path.iterdir()) == {mine, elsewhere}
-
-
-def test_a_full_disk_is_named(tmp_path: Path):
-    def fill(_: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(OSError, match="space") as error:
-        io.atomic_write(tmp_path / "a.csv", fill)
-    assert error.value.filename == str(tmp_path / "a.csv")
-    assert not list(tmp_path.iterdir())

@@ -10,7 +10,6 @@ import torch
 import allmlp as am
 from allmlp.data.fingerprint import read_exclude_list
 from allmlp.data.sources.subset_file import read_subset_file
-from allmlp.evaluation.result_file import read_measurement
 
 OLD = Path(__file__).parent / "golden" / "old_name"
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
@@ -39,12 +38,6 @@ def test_weights_are_saved_over_old_ones(tmp_path: Path):
     (tmp_path / "config.json").write_bytes((OLD / "folder" / "config.json").read_bytes())
     am.save_model(am.load_model(OLD / "folder"), tmp_path, overwrite=True)
     assert json.loads((tmp_path / "config.json").read_text())["format"] == "allmlp"
-
-
-def test_a_measurement(tmp_path: Path):
-    path = tmp_path / "m.json"
-    path.write_text('{"format": "mlp_mixer measurement", "version": 1, "kind": "evaluation"}')
-    assert read_measurement(path)["kind"] == "evaluation"
 
 
 def test_a_selection(tmp_path: Path):

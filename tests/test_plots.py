@@ -1,7 +1,5 @@
 """The figures of training, evaluation and data check: for few and many classes and images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +49,7 @@ def test_confusion_matrix(classes: int, tmp_path: Path):
 def test_figures_of_an_evaluation(images: int, tmp_path: Path):
     result, source = evaluation(3, images, 1)
     figure = plots.reliability_diagram(result)
-    heights = [patch.get_height() for patch in figure.axes[1].patches]  # pyright: ignore
+    heights = [patch.get_height() for patch in figure.axes[1].patches]
     assert heights == result.reliability.images.tolist()
     check_drawn(figure, tmp_path)
     figure = plots.prediction_grid(result, source)

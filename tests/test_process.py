@@ -1,7 +1,5 @@
 """Freed memory is kept, waiting threads sleep soon; what the user has chosen stays."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The sweep engine: what makes a run another one, and where runs lie."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
@@ -13,12 +11,7 @@ from allmlp.runtime.world import World
 from allmlp.sweep import RESULTS, Sweep, study_folder
 from conftest import draw, make_class_folder, tiny_model
 from runs import before_step
-from studies import make_place, pretend, settings
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
+from studies import pretend, settings
 
 
 def run(place: Path, name: str = "a", **changes: object) -> dict:

@@ -1,13 +1,13 @@
 """A web server on loopback that misbehaves on demand."""
 
-from __future__ import annotations
-
+import functools
 import http.server
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -87,3 +87,23 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}/file"
         finally:
             server.shutdown()
+
+
+@contextmanager
+def static(folder: Path, agents: list[str | None] | None = None) -> Iterator[str]:
+    """Serves a folder, as `python3 -m http.server` does, for the block; gives the address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if agents is not None:
+                agents.append(self.headers["User-Agent"])
+            super().do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

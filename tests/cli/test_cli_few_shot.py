@@ -1,7 +1,5 @@
 """`mixer few-shot` as a user types it: what is said, written and refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -52,20 +50,3 @@ def test_bad_images_end_with_code_3(capsys, place):
         assert "8 validation images" in out
         assert err.startswith(f"bad image: {bad}: ")
         assert len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("data", "flags", "said"),
-    [
-        (["data"], ("--output", "figures.csv"), "not a .json file: 'figures.csv'"),
-        (["data:train"], (), "no test and no validation split"),
-        (["nowhere"], (), "no such data"),
-        (["data", "data"], (), "data needs one value or more, each once"),
-    ],
-)
-def test_mistakes(capsys, place, monkeypatch, data, flags, said):
-    monkeypatch.chdir(place)
-    line = ("few-shot", place / "weights", *SHORT, *flags, "--data", *data)
-    code, out, err = mixer(capsys, *line)
-    assert (code, out) == (2, "")
-    assert said in err

@@ -1,36 +1,27 @@
 """`--json`, `--quiet` and `--config` of the commands."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 
 from allmlp import __version__
-from conftest import draw, mixer
+from conftest import draw, mixer, ran
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    from allmlp import recipe, train
-
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    config = recipe("digits").with_values({"steps": 2, "output": str(folder)})
-    train(config, quiet=True)
-    return folder
+@pytest.fixture
+def run(trained):
+    return trained.run_folder
 
 
 def only_object(out: str) -> dict:
     values = json.loads(out)
-    assert isinstance(values, dict)
     assert values["allmlp"] == __version__
     return values
 
 
 def test_json_is_the_only_output_and_holds_the_result(run, tmp_path, capsys):
     line = ("evaluate", run, "--data", "digits:test", "--output", tmp_path / "e", "--json")
-    code, out, err = mixer(capsys, *line)
-    assert code == 0
+    out, err = ran(capsys, *line)
     assert "top-1" in err
     found, file = only_object(out), json.loads((tmp_path / "e/evaluation.json").read_text())
     assert found["source"] == str(run)
@@ -41,8 +32,7 @@ def test_json_is_the_only_output_and_holds_the_result(run, tmp_path, capsys):
     "line", ["models", "models --weights", "env", "data check digits", "--help"]
 )
 def test_every_command_prints_one_object(line, capsys):
-    code, out, _ = mixer(capsys, *line.split(), "--json")
-    assert code == 0
+    out, _ = ran(capsys, *line.split(), "--json")
     assert only_object(out)
 
 
@@ -131,8 +121,7 @@ def test_a_wrong_config_is_one_error(text, code, tmp_path, capsys):
 
 def test_config_of_a_run_repeats_it_in_another_folder(run, tmp_path, capsys):
     line = ("train", "--config", run / "config.json", "--output", tmp_path / "b", "--seed", 1)
-    code, out, _ = mixer(capsys, *line, "--json")
-    assert code == 0
+    out, _ = ran(capsys, *line, "--json")
     assert only_object(out)["run_folder"] == str(tmp_path / "b")
     first, second = (
         json.loads((path / "config.json").read_text()) for path in (run, tmp_path / "b")

@@ -1,7 +1,5 @@
 """mixer convert, models --weights and --inspect, and the flags for another size."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import safetensors.torch
 import torch
 
 import allmlp as am
-from conftest import GOLDEN, mixer
+from conftest import GOLDEN, mixer, ran, refused
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
 TIMM = GOLDEN / "timm_tiny.safetensors"
@@ -30,8 +28,7 @@ def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
     ]
     source = PARAMS
     for name, flags in steps:
-        code, out, err = mixer(capsys, "convert", source, tmp_path / name, *flags)
-        assert code == 0, err
+        out, _ = ran(capsys, "convert", source, tmp_path / name, *flags)
         assert f"written  {tmp_path / name}" in out
         source = tmp_path / name
     assert torch.equal(logits(source), logits(PARAMS))
@@ -44,8 +41,7 @@ def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
 def test_another_size_and_head(capsys, tmp_path: Path):
     target = tmp_path / "large"
     flags = ("--image-size", "64x96", "--num-classes", "3")
-    code, out, err = mixer(capsys, "convert", PARAMS, target, *flags)
-    assert code == 0
+    out, err = ran(capsys, "convert", PARAMS, target, *flags)
     assert "resized  32x32 -> 64x96 pixels: block-diagonal, 2x3 tiles" in err
     assert "head     new, all zeros, for 3 classes; the weights had 7 classes" in err
     assert "64x96 pixels, 3 classes" in out
@@ -57,38 +53,29 @@ def test_another_size_and_head(capsys, tmp_path: Path):
 
 def test_nothing_is_overwritten_unasked(capsys, trained: am.TrainResult, tmp_path: Path):
     (tmp_path / "b.json").write_text("{}")  # would be replaced by what lies beside b.npz
-    assert mixer(capsys, "convert", PARAMS, tmp_path / "b.npz")[0] == 2
-    assert (tmp_path / "b.json").read_text() == "{}"
+    refused(capsys, tmp_path, "convert", PARAMS, tmp_path / "b.npz")
     run = trained.run_folder
-    before = (run / "config.json").read_bytes()
-    assert mixer(capsys, "convert", run, run, "--overwrite")[0] == 2
-    assert (run / "config.json").read_bytes() == before
+    refused(capsys, run, "convert", run, run, "--overwrite")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x.npz --format onnx", "nvalid choice"),
         ("x.pth", "format allmlp is a .safetensors file, got 'x.pth'"),
         ("x.NPZ", "Call it x.safetensors"),
         ("x --image-size 60", "the nearest that is: 64x64"),
-        (f"x --image-size {'9' * 5000}", "not an image size"),
         ("x --image-size 800000", "GiB, the machine has"),
-        ("x --image-size 64 --resize-weights magic", "nvalid choice"),
         ("x --resize-weights resample", "resize_weights needs image_size"),
         ("x --num-classes -3", "at least 0, got -3"),
     ],
 )
 def test_mistakes(capsys, tmp_path: Path, monkeypatch, line: str, message: str):
     monkeypatch.chdir(tmp_path)
-    code, out, err = mixer(capsys, "convert", PARAMS, *line.split())
-    assert (code, message in err, out) == (2, True, ""), err
-    assert list(tmp_path.iterdir()) == []
+    assert message in refused(capsys, tmp_path, "convert", PARAMS, *line.split())
 
 
 def test_inspect(capsys, tmp_path: Path):
-    code, out, _ = mixer(capsys, "models", "--inspect", PARAMS)
-    assert code == 0
+    out, _ = ran(capsys, "models", "--inspect", PARAMS)
     assert "3 layers, patch 8, 24 channels, 32x32 pixels, 7 classes" in out
     row = ["MixerBlock_{0..2}/token_mixing/Dense_0/kernel", "16x12", "float32"]
     assert row in [line.split() for line in out.splitlines()]

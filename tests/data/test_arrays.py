@@ -1,13 +1,13 @@
 """Arrays as data: what is read, statistics, splits, and what is wrong with files."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data.source import array_row, join, subset, unlabelled
@@ -16,6 +16,7 @@ from allmlp.data.sources.arrays import ArrayRows, statistics
 from allmlp.errors import UserError
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import open_folds, split_data
+from conftest import user_error
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(50, 3, (12, 2, 6)), np.array(["no", "yes", "no"] * 4)
@@ -32,7 +33,6 @@ def test_all_kinds_of_files_hold_the_same_rows(tmp_path: Path, kind: str):
     if kind == "npz":
         savez(path, x=X, y=Y)
     elif kind == "parquet":
-        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
         path = path.with_suffix(".parquet")
         pq.write_table(pa.table({"series": X.tolist(), "label": Y.tolist()}), path)
     else:
@@ -104,7 +104,6 @@ def test_groups_folds_and_column_of_splits(tmp_path: Path):
     x, y = np.tile(np.arange(12.0)[:, None], 3), np.array(["a", "b"] * 6)
     path = savez(tmp_path / "g.npz", x=x, y=y, patient=group, fold=np.tile([1, 2, 3], 4))
     splits = split_data(DataSettings(source=f"{path}#group=patient", holdout=0.3))
-    assert splits.validation is not None
     there, here = ({int(group[int(array_row(source, at)[0, 0, 0])]) for at in range(len(source))}
                    for source in (splits.train, splits.validation))  # fmt: skip
     assert there
@@ -134,15 +133,12 @@ def _with(at: tuple[int, ...], value: float) -> np.ndarray:
         ({"x": X}, "missing", "no labels"),
         ({"x": X[:, 0, 0], "y": Y}, "shape", "(12,)"),
         ({"x": X.astype(str), "y": Y}, "shape", "U"),
-        ({"x_train": X, "y_train": Y, "x_test": X[:, :, 1:]}, None, "several shapes"),
+        ({"x_train": X, "y_train": Y, "x_test": X[:, :, 1:]}, "invalid", "several shapes"),
     ],
 )
-def test_unusable_arrays(tmp_path: Path, arrays: Any, code: str | None, named: str):
-    with pytest.raises(UserError) as caught:
+def test_unusable_arrays(tmp_path: Path, arrays: Any, code: str, named: str):
+    with user_error(code, named, "to fix: "):
         open_source(savez(tmp_path / "a.npz", **arrays))
-    assert code is None or caught.value.code == code
-    assert named in str(caught.value)
-    assert caught.value.fix
 
 
 def test_damaged_files_and_python_objects(tmp_path: Path):
@@ -151,9 +147,8 @@ def test_damaged_files_and_python_objects(tmp_path: Path):
     (tmp_path / "c.npz").write_bytes(whole[:400] + bytes(100) + whole[500:])
     np.save(tmp_path / "d.npy", np.array([[1.0], [1.0, 2.0]], dtype=object))
     for name in ("b.npz", "c.npz", "d.npy"):
-        with pytest.raises(UserError, match=name) as caught:
+        with user_error("damaged", name):
             open_source(str(tmp_path / name), labels="none")
-        assert caught.value.code == "damaged"
     np.save(tmp_path / "x_test.npy", X)
     assert [*open_splits(str(tmp_path / "x_test.npy"), labels="none")] == ["test"]
 
@@ -169,9 +164,7 @@ def test_a_row_of_a_parquet_file_that_is_of_no_class(tmp_path: Path):
 
 
 def test_lists_of_several_lengths(tmp_path: Path):
-    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     table = pa.table({"x": [[1.0, 2.0], [3.0, 4.0], [5.0]], "label": [0, 1, 0]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet\[2\]") as caught:
+    with user_error("lengths", "a.parquet[2]"):
         open_source(str(tmp_path / "a.parquet"))
-    assert caught.value.code == "lengths"

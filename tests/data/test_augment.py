@@ -1,7 +1,5 @@
 """Random changes: exact where they can be, and bounded where they are random."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Duplicates: no pair is missed, copies are found, different images are not; drop lists."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +111,7 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
     }
     assert found.other_label().tolist() == [True, False, False]
     assert [(gone.second[1], gone.kind) for gone in found.to_exclude()] == [
-        *((2, "same file"), (3, "same pixels"), (4, "near")),
+        *((2, "same file"), (3, "same pixels"), (4, "near"))
     ]
     exact = find_duplicates({"train": source(files)}, near=False, num_workers=0)
     assert len(exact) == 2

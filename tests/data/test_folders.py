@@ -1,7 +1,5 @@
 """Which folder is a split, a class or neither; what a scan takes, skips and reports."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Data sets of the hub: columns, splits, classes, and how it can fail."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 from collections.abc import Callable
@@ -15,7 +13,6 @@ from allmlp.data.sources import hub, open_source, open_splits
 from allmlp.errors import UserError
 from conftest import draw, encode
 
-pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
 
 IMAGES = [encode(draw(seed)) for seed in range(4)]

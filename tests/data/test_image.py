@@ -1,12 +1,7 @@
 """The decoder: formats, modes, orientation, limits, and any bytes at all."""
 
-from __future__ import annotations
-
 import contextlib
 import io
-import struct
-import time
-import zlib
 from pathlib import Path
 
 import cv2
@@ -14,23 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
-from allmlp.data.image import MAX_SIDE, EncodedImage, decode, turn_upright
+from allmlp.data.image import EncodedImage, decode, turn_upright
 from allmlp.data.sources.folders import scan_images
 from allmlp.errors import UserError
-from conftest import draw, encode
-from odd_images import NAMED, REFUSED, png16
+from conftest import draw, encode, turned
+from odd_images import NAMED, REFUSED, arrow, png16
 
 pytestmark = pytest.mark.numerics
-
-
-def arrow() -> Image.Image:
-    """An image that every turn and mirror changes."""
-    pixels = np.zeros((24, 16, 3), np.uint8)
-    pixels[2:8, 2:4] = (250, 10, 10)
-    pixels[20:22, 6:14] = (10, 250, 10)
-    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +34,6 @@ def test_every_format(kind):
     assert difference == 0 if exact else difference < 60
 
 
-UNDO = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), strict=True))
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_all_eight_orientations_give_one_picture(kind):
     options: dict[str, object] = {"lossless": True} if kind == "WEBP" else {}
@@ -57,10 +41,7 @@ def test_all_eight_orientations_give_one_picture(kind):
         options = {"quality": 100, "subsampling": 0 if kind == "JPEG" else "4:4:4"}
     upright = np.asarray(decode(encode(arrow(), kind, **options), "x"), int)
     for orientation in range(1, 9):
-        stored = arrow().transpose(UNDO[orientation]) if orientation in UNDO else arrow()
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encode(stored, kind, exif=exif, **options)
+        data = encode(arrow(orientation), kind, exif=turned(orientation), **options)
         assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (16, 24)
         image = EncodedImage(data, "x")
         decoded = image.decode().astype(int)
@@ -70,10 +51,8 @@ def test_all_eight_orientations_give_one_picture(kind):
 
 
 def test_the_papers_protocol_leaves_pictures_as_they_are_stored():
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):
-        data = encode(arrow().transpose(Image.Transpose.ROTATE_90), kind, exif=exif)
+        data = encode(arrow(6), kind, exif=turned(6))
         image = EncodedImage(data, "x", exif_orientation=False)
         assert (*image.size, 3) == image.decode().shape == (16, 24, 3)
 
@@ -84,9 +63,7 @@ def test_a_reduced_picture_is_the_picture_made_smaller(orientation, reduction):
     """JPEG's own way, Pillow's for an untidy file, and an area mean of the whole agree."""
     y, x = np.mgrid[0:152, 0:208]
     smooth = np.stack([x, y, (x + y) / 2], axis=-1).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(smooth), "JPEG", quality=95, exif=exif)
+    data = encode(Image.fromarray(smooth), "JPEG", quality=95, exif=turned(orientation))
     for file in (data, data[:-2] + b"abc" + data[-2:]):
         image = EncodedImage(file, "x")
         whole, small = image.decode().astype(int), image.decode(reduction, fast=True).astype(int)
@@ -169,22 +146,6 @@ def test_what_is_no_image_is_refused_by_name(data, message):
     assert caught.value.fix
 
 
-@pytest.mark.parametrize(
-    ("width", "height"),
-    [(16000, 16000), (10400, 10400), (300_000, 300_000), (65_500, 1), (1, MAX_SIDE + 1)],
-)
-def test_bombs_are_refused_from_the_header(width, height):
-    """A PNG whose header claims a large image, with almost nothing behind it."""
-    data = bytearray(encode(Image.new("RGB", (1, 1))))
-    data[16:24] = struct.pack(">II", width, height)
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    started = time.process_time()
-    limits = "too large|the limits are 89,478,485 in all and 32,767 a side"
-    with pytest.raises(UserError, match=limits):
-        decode(bytes(data), "x")
-    assert time.process_time() - started < 1.0  # decoding it would take minutes
-
-
 PREFIXES = (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0", b"P6")
 
 
@@ -263,9 +224,8 @@ def test_heic(orientation: int, tmp_path: Path):
     pillow_heif.register_heif_opener()
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[:32, :48] = 255, 0, 0  # red in the upper left
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    data = encode(Image.fromarray(pixels), "HEIF", quality=-1, exif=exif.tobytes())
+    exif = turned(orientation).tobytes()
+    data = encode(Image.fromarray(pixels), "HEIF", quality=-1, exif=exif)
     upright = turn_upright(pixels, orientation)
     for honours in (True, False):  # the container turns it, once
         image = EncodedImage(data, "x.heic", exif_orientation=honours)

@@ -1,7 +1,5 @@
 """CSV and JSONL lists: columns, splits, classes by name, and the line of whatever is wrong."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -190,7 +188,6 @@ def test_jsonl(images: Path):
         ('{"path": "a/1.png", "label": 1.5}', "a label is a whole number or text, got 1.5"),
         ('{"path": 3, "label": "x"}', "the path must be text, got 3"),
         ('{"path": "a\\ud800", "label": "x"}', "not the name of a file"),
-        ("[" * 100_000, "not a JSON object"),
     ],
 )
 def test_mistakes_in_jsonl(images: Path, line: str, message: str):

@@ -1,7 +1,5 @@
 """Order and batches: pure functions of the seed, the same bits however they are loaded."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -46,12 +44,6 @@ def children() -> set[str]:
 def die_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
     if str(image.where).endswith("bee/3.png"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return crop(image, random)
-
-
-def hang_at_bee_3(image: EncodedImage, random: np.random.Generator) -> np.ndarray:
-    if str(image.where).endswith("bee/3.png"):
-        time.sleep(1000)
     return crop(image, random)
 
 
@@ -143,9 +135,8 @@ def test_the_same_bits_with_and_without_workers(class_folder: Path, augmented):
         assert_same(alone, load(source, 0, 7, num_workers=number, **options))
 
 
-def test_the_same_bits_in_parts(class_folder: Path, monkeypatch):
+def test_the_same_bits_in_parts(source: Source, monkeypatch):
     """A batch of 6, or 3 and a neighbour, comes in parts of at most 2 images, of 192 bytes each."""
-    source = open_splits(str(class_folder))["train"]
     options = [{}, {"world_size": 2, "rank": 1, "with_neighbour": True}]
     whole = [load(source, 0, 5, **changes) for changes in options]
     monkeypatch.setattr(loader, "LARGEST_PART", 2 * 192)
@@ -159,10 +150,9 @@ def test_the_same_bits_in_parts(class_folder: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("free", [2**20 + 100, 2**20 + 1200, None])  # a batch takes 1,152 bytes
-def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int | None):
+def test_the_same_bits_through_a_pipe(source: Source, monkeypatch, free: int | None):
     monkeypatch.setattr(workers, "shared_memory", lambda: free)
     monkeypatch.setattr(workers, "_reported", [])
-    source = open_splits(str(class_folder))["train"]
     alone, piped = load(source, 0, 7), load(source, 0, 7, num_workers=2)
     assert_same(alone, piped)
     assert {batch.images.stride() for batch in alone} == {batch.images.stride() for batch in piped}
@@ -173,29 +163,26 @@ def test_the_same_bits_through_a_pipe(class_folder: Path, monkeypatch, free: int
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
-def test_without_shared_memory_there_are_no_workers(class_folder: Path, monkeypatch, capsys):
+def test_without_shared_memory_there_are_no_workers(source: Source, monkeypatch, capsys):
     monkeypatch.setattr(workers, "shared_memory", lambda: 4096)
     monkeypatch.setattr(workers, "_reported", [])
     monkeypatch.setattr(multiprocessing.Process, "start", lambda _: pytest.fail("a process"))
-    source = open_splits(str(class_folder))["train"]
     assert_same(load(source, 0, 3, num_workers=2), load(source, 0, 3))
     assert "/dev/shm is full or read-only" in capsys.readouterr().err
 
 
-def test_more_processes_than_the_system_gives(class_folder: Path, monkeypatch):
+def test_more_processes_than_the_system_gives(source: Source, monkeypatch):
     def no_more(_: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", no_more)
-    source = open_splits(str(class_folder))["train"]
     with pytest.raises(UserError, match="cannot be started.*temporarily unavailable") as caught:
         load(source, 0, 3, num_workers=2)
     assert "num_workers" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_every_batch_in_its_order(class_folder: Path, world_size):
-    source = open_splits(str(class_folder))["train"]
+def test_ranks_share_every_batch_in_its_order(source: Source, world_size):
     alone = load(source, 2, 8)
     ranks = [load(source, 2, 8, rank=r, world_size=world_size) for r in range(world_size)]
     for step, batch in enumerate(alone):
@@ -208,8 +195,7 @@ def test_ranks_share_every_batch_in_its_order(class_folder: Path, world_size):
 @killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 @pytest.mark.parametrize("number", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, tidy):
-    source = open_splits(str(class_folder))["train"]
+def test_a_worker_that_dies_is_named_with_its_image(source: Source, number, tidy):
     with pytest.raises(UserError, match=r"worker process \d, at .*bee/3\.png, ended") as caught:
         load(source, 0, 8, num_workers=number, transform=die_at_bee_3)
     assert "num_workers" in str(caught.value.fix)
@@ -217,11 +203,8 @@ def test_a_worker_that_dies_is_named_with_its_image(class_folder: Path, number, 
 
 @killed_workers
 @pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
-def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(
-    class_folder: Path, tidy
-):
+def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(source, tidy):
     """torch's own handler would raise in the middle of the model."""
-    source = open_splits(str(class_folder))["train"]
     others = children()  # of other tests, which still need them
     batches = run(source, 0, 500, num_workers=1)
     next(batches)
@@ -234,17 +217,7 @@ def test_a_worker_that_dies_while_the_model_works_is_named_at_the_next_batch(
         list(batches)
 
 
-@pytest.mark.slow
-@killed_workers
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_worker_that_hangs_is_named_with_its_image(class_folder: Path, number, tidy):
-    source = open_splits(str(class_folder))["train"]
-    with pytest.raises(UserError, match=r"no batch for 1 seconds; worker .*, at .*bee/3\.png"):
-        load(source, 0, 8, num_workers=number, transform=hang_at_bee_3, timeout=1.0)
-
-
-def test_subsets_are_nested_and_seeded(class_folder: Path):
-    source = open_splits(str(class_folder))["train"]
+def test_subsets_are_nested_and_seeded(source: Source):
 
     def places(fraction: float, seed: int) -> list[int]:
         return random_subset(source, fraction, seed).indices.tolist()
@@ -254,8 +227,7 @@ def test_subsets_are_nested_and_seeded(class_folder: Path):
     assert places(0.35, 1) == places(0.35, 1) != places(0.35, 2)
 
 
-def test_a_start_at_step_n_is_the_same_as_getting_there(class_folder: Path):
-    source = open_splits(str(class_folder))["train"]
+def test_a_start_at_step_n_is_the_same_as_getting_there(source: Source):
     assert_same(load(source, 0, 9)[5:], load(source, 5, 9))
 
 

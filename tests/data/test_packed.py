@@ -1,7 +1,5 @@
 """Packed data and tars of other tools: round trips, damage, and the commands that write them."""
 
-from __future__ import annotations
-
 import gzip
 import multiprocessing
 import os
@@ -10,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from allmlp.data.source import EncodedImages, Source, labelled
@@ -18,7 +17,6 @@ from allmlp.data.sources.packed import pack_splits, verify
 from allmlp.errors import UserError
 from conftest import draw, encode, mixer, write_tar
 
-pa = pytest.importorskip("pyarrow")
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 OLD = Path(__file__).parents[1] / "golden" / "old_shards"
 
@@ -144,9 +142,6 @@ def test_it_survives_pickling_and_forking(tmp_path: Path):
         assert pool.map(_read, [source] * 4) == [_read(made())] * 4
 
 
-# Tars
-
-
 def test_shards_of_earlier_versions(tmp_path: Path):
     """Their labels are numbers of classes that only the index names."""
     splits = open_splits(str(OLD))
@@ -253,9 +248,6 @@ def test_damaged_tars_are_not_read_in_part(tmp_path: Path):
         path.write_bytes(data)
         with pytest.raises(UserError, match="damaged, cut short or compressed"):
             open_splits(str(tmp_path))
-
-
-# Commands
 
 
 def test_the_command_pack(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,5 @@
 """Parquet files: bytes and labels, memory or row groups, columns, and damaged files."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import pickle
@@ -9,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data.source import Source
 from allmlp.data.sources import open_source, open_splits, parquet
 from allmlp.errors import UserError
 from conftest import draw, encode
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 IMAGES = [encode(draw(seed), "PNG" if seed % 2 else "JPEG") for seed in range(8)]
 
@@ -68,7 +65,7 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def test_bytes_and_labels(tmp_path: Path, held: bool):
     name = write(tmp_path / "x.parquet", [at % 2 for at in range(8)], ["cat", "ant"])
     source = open_source(name)
-    assert source.images.hold() is held  # pyright: ignore
+    assert source.images.hold() is held
     assert source.class_names == ["cat", "ant"]  # their order is the metadata's
     assert source.labels.tolist() == [0, 1] * 4
     assert source.labels.dtype == np.int64
@@ -181,7 +178,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, names: list[str
     write(tmp_path / "train.parquet", [0, 1], names)
     write(tmp_path / "test.parquet", [-1, -1], names)
     assert list(open_splits(str(tmp_path))) == ["train"]
-    with pytest.raises(UserError, match="none of the images has a label|test"):
+    with pytest.raises(UserError, match="none of the images has a label"):
         open_source(str(tmp_path / "test.parquet"))
 
 
@@ -224,7 +221,7 @@ def test_stored_small_and_large_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     for room in (10**9, 10 * len(big)):
         monkeypatch.setattr(parquet, "HELD_BYTES", room)
         source = open_source(name)
-        assert source.images.hold() is (room == 10**9)  # pyright: ignore
+        assert source.images.hold() is (room == 10**9)
         assert source.read(29) == big
 
 

@@ -1,7 +1,5 @@
 """Names of sources, their splits and parts, subset files, and data without labels."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -241,7 +239,7 @@ def test_numbers_become_classes(tmp_path: Path):
     lines += [f"{at}.png,{number},{split}" for at, (split, number) in enumerate(rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     source = f"{tmp_path / 'list.csv'}#label=distance"
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"'8\.0'.*'8'"):  # as classes these are twins
         open_splits(source)
     assert len(open_splits(source, labels="numbers")["test"]) == 3
     file, rule = tmp_path / "near.json", LabelRule("between", (-2.0, 8.0, 100.0))
@@ -286,9 +284,6 @@ def test_what_is_no_subset_file(class_folder: Path, changes: dict, value: str):
     with pytest.raises(UserError) as error:
         open_splits(str(file))
     assert value in str(error.value)
-
-
-# Label rules
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """An image of any size becomes one of the model's."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import replace
 from pathlib import Path

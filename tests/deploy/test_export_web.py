@@ -1,19 +1,13 @@
 """The exported web page: in Chromium against `mixer predict`, and without a network."""
 
-from __future__ import annotations
-
-import functools
 import hashlib
-import http.server
 import io
 import json
 import os
 import shutil
 import subprocess
 import tarfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +22,13 @@ from allmlp.data.transforms import model_input
 from allmlp.deploy import browser as web
 from allmlp.models.layers import preprocessing_of
 from browser import PROGRAM, Browser, browser
-from conftest import encode, mixer, tiny_model
+from conftest import encode, mixer, tiny_model, turned, user_error
 from odd_images import png16
-from web_server import Behaviour, serve
+from web_server import Behaviour, serve, static
 
 pytest.importorskip("onnxruntime", reason="pip install 'allmlp[export]'")
 pytest.importorskip("onnxscript", reason="pip install 'allmlp[export]'")
 PACKAGE = f"onnxruntime-web-{web.VERSION}.tgz"
-
-
-# --- without a browser ----------------------------------------------------------------------------
 
 
 def small_package() -> bytes:
@@ -53,9 +44,8 @@ def small_package() -> bytes:
 def test_without_a_network_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(am.UserError) as caught:
+    with user_error("no-download") as caught:
         am.export(tiny_model(), tmp_path / "page")
-    assert caught.value.code == "no-download"
     assert PACKAGE in str(caught.value.fix)  # where to put it
     assert not list(tmp_path.iterdir())
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -92,8 +82,7 @@ def test_a_folder_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     content = small_package()
     monkeypatch.setattr(web, "SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
-    model = tiny_model()
-    model.class_names = [f"é{at}" for at in range(7)]
+    model = tiny_model([f"é{at}" for at in range(7)])
     model.decision = am.Decision(temperature=2.0, unsure_below=0.3)
     model.preprocessing = replace(preprocessing_of(model), permutation="pixels")
     am.save_model(model, tmp_path / "m.safetensors")
@@ -138,33 +127,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def static(folder: Path) -> Iterator[str]:
-    """Serves a folder as `python3 -m http.server` does."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
 def photo(height: int, width: int, channels: int = 3) -> np.ndarray:
     rows, columns = np.mgrid[:height, :width]
     waves = [np.sin(columns / (width / 5) + k) * np.cos(4 * rows / height - k) for k in range(4)]
     noise = np.random.default_rng(0).normal(0, 12, (height, width, channels))
     pixels = 127 + 100 * np.stack(waves[:channels], axis=-1) + noise
     return pixels.clip(0, 255).astype(np.uint8)
-
-
-def turned(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    return exif
 
 
 def kinds() -> dict[str, tuple[bytes, int]]:
@@ -220,10 +188,10 @@ def page(
     (folder / "images").mkdir()
     for name, data in {**{name: data for name, (data, _) in kinds().items()}, **REFUSED}.items():
         (folder / "images" / name).write_bytes(data)
-    with static(folder) as url, browser(folder.parent / "profile") as page:
-        page.open(url)
+    with static(folder) as host, browser(folder.parent / "profile") as page:
+        page.open(f"{host}/")
         page.wait("!document.querySelector('#file').disabled")
-        yield page, folder / "images", url
+        yield page, folder / "images", f"{host}/"
 
 
 @in_chromium

@@ -1,14 +1,9 @@
 """Images from anywhere to rows: inputs, numbers, tables, precision, exported files."""
 
-from __future__ import annotations
-
 import csv
-import functools
-import http.server
 import io
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from sklearn.neighbors import NearestNeighbors
 
 import allmlp as am
@@ -24,15 +20,15 @@ from allmlp.data.transforms import normalize, resize_for_evaluation
 from allmlp.deploy import rows
 from allmlp.deploy.rows import NOT_FINITE
 from allmlp.preprocessing import Preprocessing
-from conftest import draw, encode, make_class_folder, tiny_model
+from conftest import draw, encode, make_class_folder, tiny_model, turned, user_error
+from web_server import static
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture
 def model() -> am.ImageClassifier:
-    model = tiny_model(NAMES)
-    return model
+    return tiny_model(NAMES)
 
 
 @pytest.fixture
@@ -125,12 +121,10 @@ def rounded(row: am.Prediction) -> list[tuple[str, float]]:
 
 
 def test_images_in_memory(model, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned
     transparent = draw(2).convert("RGBA")
     transparent.putalpha(100)
     images = [draw(1), draw(1).convert("L"), transparent, draw(3).convert("CMYK")]
-    (tmp_path / "turned.png").write_bytes(encode(draw(4), exif=exif))
+    (tmp_path / "turned.png").write_bytes(encode(draw(4), exif=turned(6)))
     images.append(Image.open(tmp_path / "turned.png"))
     paths = []
     for number, image in enumerate(images):
@@ -145,28 +139,17 @@ def test_images_in_memory(model, tmp_path):
     assert (bad.path, bad.error) == ("images[8]", "the file is not an image")
     assert rounded(am.predict(model, images[0])[0]) == expected[0]  # without a list
     for wrong in (np.zeros((8, 8, 3)), np.zeros((2, 2, 2, 2), np.uint8), 3, None):
-        with pytest.raises(am.UserError) as caught:
+        with user_error("wrong-type") as caught:
             am.predict(model, [images[0], wrong])
-        assert caught.value.code == "wrong-type"
         assert "1" in caught.value.what
 
 
 def test_urls(model, tmp_path):
     (tmp_path / "x.png").write_bytes(encode(draw(1)))
     asked: list[str | None] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.headers["User-Agent"])
-            super().do_GET()
-
-    handler = functools.partial(Handler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with static(tmp_path, asked) as url:
         inputs = [f"{url}/x.png", tmp_path / "x.png", f"{url}/gone.png"]
         found = am.predict(model, inputs, num_workers=0)
-        server.shutdown()
     assert asked == ["allmlp"] * 2  # some servers refuse Python's name
     assert found[0].path == f"{url}/x.png"
     assert found[0].classes == found[1].classes
@@ -215,9 +198,7 @@ def test_mistakes(model, album, tmp_path, monkeypatch, inputs, options, word):
 
 def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return pq.read_table(path).to_pylist()
+        return parquet.read_table(path).to_pylist()
     text = path.read_text()
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
@@ -226,8 +207,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_written_features_are_exact_and_neighbors_are_named(model, album, tmp_path, suffix):
-    if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
     path = tmp_path / f"out{suffix}"
     options = {"features": True, "neighbors": 2, "num_workers": 0, "batch_size": 2}
     found = am.predict(model, album, output=path, **options)
@@ -295,7 +274,6 @@ def test_equally_near_neighbors_keep_the_order_and_bad_images_are_none():
 
 
 def test_parquet(model, album, tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("allmlp.deploy.rows._ROW_GROUP", 9)  # three rows of two classes
     path = tmp_path / "out.parquet"
     found = am.predict(model, album, top_k=2, output=path, num_workers=0, batch_size=1)
@@ -313,7 +291,6 @@ def test_parquet(model, album, tmp_path, monkeypatch):
 
 
 def test_paths_that_are_not_text(model, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     name = os.fsdecode(b"caf\xe9.png")
     draw(0).save(tmp_path / "x.png")
     try:

@@ -1,10 +1,7 @@
 """Folders of part files: resumed, checked, shared, killed, on a full disk."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +12,15 @@ import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
 from allmlp.deploy.predict import PredictOptions, write_predictions
 from allmlp.preprocessing import Preprocessing
-from conftest import draw, encode, make_class_folder, tiny_model
-from runs import kill_what_is_left, start, start_two, unix
+from conftest import draw, encode, make_class_folder, tiny_model, user_error
+from runs import start, start_two, unix
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
-def named(**changes: Any) -> am.ImageClassifier:
-    model = tiny_model(NAMES, **changes)
-    return model
-
-
 @pytest.fixture
 def model() -> am.ImageClassifier:
-    return named()
+    return tiny_model(NAMES)
 
 
 @pytest.fixture
@@ -71,7 +63,6 @@ def test_parts_hold_the_rows_of_one_file(model, album, tmp_path):
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, batch_size):
     """Batches of 3 do not fit into parts of 8: the bytes must not depend on what was there."""
-    pytest.importorskip("pyarrow")
     options = {"format": kind, "batch_size": batch_size}
     parts(model, album, tmp_path / "out", **options)
     whole, manifest = contents(tmp_path / "out"), (tmp_path / "out/manifest.json").read_bytes()
@@ -101,7 +92,7 @@ def _other_input(model, _):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda *_: {"model": named(channels_mlp_dim=64)}, "model"),
+        (lambda *_: {"model": tiny_model(NAMES, channels_mlp_dim=64)}, "model"),
         (_other_weights, "model"),
         (_other_names, "class names"),
         (_other_input, "preprocessing"),
@@ -118,9 +109,8 @@ def test_another_job_is_an_error(model, album, tmp_path, change, words):
     parts(model, album, tmp_path / "out")
     before = contents(tmp_path / "out")
     values = {"model": model, **(change(model, album) or {})}
-    with pytest.raises(am.UserError) as caught:
+    with user_error("another-job") as caught:
         parts(values.pop("model"), album, tmp_path / "out", **values)
-    assert caught.value.code == "another-job"
     assert words in caught.value.what
     assert contents(tmp_path / "out") == before
 
@@ -196,7 +186,6 @@ def repeated(times: int) -> Source:
     [".csv", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".parquet", ""))],
 )
 def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypatch):
-    pytest.importorskip("pyarrow")
     monkeypatch.setattr("allmlp.deploy.rows._ROW_GROUP", 200)
 
     def peak(images: int) -> int:
@@ -217,12 +206,6 @@ def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypat
     few, many = peak(200), peak(1000)
     # Rows held would be 800 times about 1 kB; labels and indices are 16 bytes per image.
     assert many - few < 300_000, (few, many)
-
-
-@pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    yield
-    kill_what_is_left()
 
 
 @pytest.fixture
@@ -305,6 +288,5 @@ if os.environ["RANK"] == "1":
 
 
 def test_parts_are_not_overwritten(model, album, tmp_path):
-    with pytest.raises(am.UserError) as caught:
+    with user_error("conflict"):
         parts(model, album, tmp_path / "out", overwrite=True)
-    assert caught.value.code == "conflict"

@@ -1,7 +1,5 @@
 """The local endpoint: answers, limits, who may use it, one request at a time; and the command."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -28,7 +26,7 @@ import allmlp as am
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.serve import Service, serve
 from allmlp.inspection.attribution import occlusion, read_image
-from conftest import draw, encode, mixer, tiny_model
+from conftest import draw, encode, mixer, refused, tiny_model
 from serving import serving
 
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
@@ -42,16 +40,9 @@ HOSTS = frozenset({"127.0.0.1", "localhost"})
 PNG = encode(draw(3))
 IMAGE = {"content-type": "image/png"}
 # A request as a server hands it over, without a client behind it.
-SCOPE = {
-    "type": "http",
-    "method": "POST",
-    "path": "/occlusion",
-    "query_string": b"",
-    "root_path": "",
-    "http_version": "1.1",
-    "scheme": "http",
-    "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"image/png")],
-}
+SCOPE = {"type": "http", "method": "POST", "path": "/occlusion", "query_string": b""}
+SCOPE |= {"root_path": "", "http_version": "1.1", "scheme": "http"}
+SCOPE |= {"headers": [(b"host", b"127.0.0.1"), (b"content-type", b"image/png")]}
 
 
 def make_service(**options: Any) -> Service:
@@ -399,9 +390,6 @@ def test_an_exported_file_has_a_map_and_no_units(service, tmp_path):
     assert drops[0] == pytest.approx(drops[1], abs=1e-3)
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "bugs.safetensors"
@@ -420,12 +408,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["x", "--resize-weights", "resample"], "image_size"),
     ],
 )
-def test_mistakes_on_the_command_line(capsys, arguments, word):
-    if "--port" not in arguments:
-        arguments = [*arguments, "--port", "0"]
-    code, out, err = mixer(capsys, "serve", *arguments)
-    assert (code, out) == (2, "")
-    assert word in err
+def test_mistakes_on_the_command_line(capsys, tmp_path, arguments, word):
+    port = [] if "--port" in arguments else ["--port", "0"]
+    assert word in refused(capsys, tmp_path, "serve", *arguments, *port)
 
 
 def test_without_the_packages_and_on_a_taken_port(capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """`mixer serve` in a real browser: Chromium without a window."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +12,7 @@ from serving import serving
 
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PROGRAM is None, reason="no Chromium here"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")]
 
 
 @pytest.fixture(scope="module")

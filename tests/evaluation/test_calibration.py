@@ -1,7 +1,5 @@
 """Temperature and threshold: against scipy, and on a run's own held-out images."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -17,7 +15,7 @@ import allmlp as am
 from allmlp.evaluation.calibration import fit_temperature, fitted, summary, with_threshold
 from allmlp.evaluation.metrics import best_thresholds
 from allmlp.evaluation.options import CalibrateOptions
-from conftest import mixer, tiny_config, tiny_model
+from conftest import ran, tiny_model, tiny_run, user_error
 
 
 def measured(images: int, sharpness: float = 3.0, seed: int = 0) -> am.Evaluation:
@@ -102,9 +100,8 @@ def test_the_threshold_for_an_accuracy(rounded: bool):
         assert entry["accuracy"] == result.correct[others].mean()
     assert with_threshold(result, "x", accuracy=None, unsure_below=0.3).unsure_below == 0.3
     result.labels = (result.predictions + 1) % 5
-    with pytest.raises(am.UserError) as caught:
+    with user_error("out-of-range"):
         with_threshold(result, "x", accuracy=0.5, unsure_below=None)
-    assert caught.value.code == "out-of-range"
 
 
 def test_what_is_measured_of_thresholds_per_class_does_not_profit_from_their_choice():
@@ -131,42 +128,31 @@ def test_mistakes():
         ({"accuracy": 1.5}, "out-of-range"),
         ({"unsure_below": -0.1}, "out-of-range"),
     ):
-        with pytest.raises(am.UserError) as caught:
+        with user_error(code):
             CalibrateOptions(data="x", **given)
-        assert caught.value.code == code
-    several = dataclasses.replace(measured(9), decision=am.Decision(labels="multi"))
-    with pytest.raises(am.UserError) as caught:
-        with_threshold(several, "x", accuracy=None, unsure_below=0.5)
-    assert caught.value.code == "wrong-type"
 
 
-def test_a_run_calibrates_itself_and_answers_unsure(
-    trained: am.TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     run = trained.run_folder
     model = am.load_model(run)
-    assert trained.validation is not None
     expected = fit_temperature(trained.validation.logits, trained.validation.labels)
     assert model.decision.temperature == expected
-    assert trained.test is not None
     assert trained.test.decision == model.decision
     card = (run / "best/README.md").read_text()
     assert "fitted on" in card
     assert "not calibrated" not in card
     output = tmp_path / "sure"
-    code, out, err = mixer(
+    out, _ = ran(
         capsys, "calibrate", run, output, "--data", "digits:validation", "--accuracy", "0.99"
     )
-    assert code == 0, err
     sure = am.load_model(output)
     threshold = sure.decision.unsure_below
-    assert threshold is not None
     assert '"unsure" below' in (output / "README.md").read_text()
     assert str(tmp_path) not in (output / "config.json").read_text()
     assert re.search(r"0\.9 +\d", out)
     result = am.evaluate(sure, "digits:validation")
     assert dict(result.figures())["accuracy_answered"] >= 0.99
-    code, out, err = mixer(capsys, "predict", output, "digits:test", "--output", tmp_path / "p.csv")
+    ran(capsys, "predict", output, "digits:test", "--output", tmp_path / "p.csv")
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
     assert rows[0][:4] == ["path", "answer", "class_1", "probability_1"]
     for row in rows[1:]:
@@ -181,7 +167,7 @@ def test_a_run_calibrates_itself_and_answers_unsure(
 
 
 def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_path: Path):
-    result = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    result = tiny_run(class_folder, tmp_path / "run")
     assert am.load_model(result.run_folder).decision == am.Decision()
     assert "decision" not in json.loads((tmp_path / "run/best/config.json").read_text())
     assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()
@@ -190,9 +176,8 @@ def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_pa
 def test_a_threshold_for_several_labels_is_refused_at_once(tmp_path: Path):
     model = tiny_model(num_classes=["a", "b"])
     model.decision = am.Decision(labels="multi")
-    with pytest.raises(am.UserError) as caught:
+    with user_error("wrong-type"):
         am.calibrate(model, "no such data", accuracy=0.9)
-    assert caught.value.code == "wrong-type"
 
 
 def test_no_answer_at_all_is_said():

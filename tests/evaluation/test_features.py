@@ -1,7 +1,5 @@
 """Frozen features: those of the model, kept on disk by what they depend on, trusted only whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 import allmlp as am
 from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source
-from allmlp.data.sources import open_splits
 from allmlp.data.transforms import normalize
 from allmlp.evaluation.features import Features, frozen_features
 from allmlp.evaluation.predictor import Predictor
@@ -22,11 +19,6 @@ from allmlp.models.layers import preprocessing_of
 from conftest import draw, tiny_model
 
 Compute = Callable[..., Features]
-
-
-@pytest.fixture
-def source(class_folder: Path) -> Source:
-    return open_splits(str(class_folder))["train"]
 
 
 @pytest.fixture
@@ -56,9 +48,7 @@ def test_they_are_the_models(source: Source, compute: Compute):
     np.testing.assert_allclose(found.values, expected.numpy(), atol=1e-6)
 
 
-def test_a_hit_gives_equal_bits_and_runs_nothing(
-    compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_hit_gives_equal_bits_and_runs_nothing(compute, tmp_path, monkeypatch):
     model = tiny_model()
     seen: list[int] = []
     first = compute(model, on_batch=lambda batch: seen.append(len(batch.labels)))
@@ -127,13 +117,6 @@ def test_a_damaged_file_is_computed_anew(damage: Any, compute: Compute, tmp_path
     again = compute(model)
     assert "its checksum is wrong" in again.notes[0]
     assert again.values.tobytes() == third.values.tobytes()
-
-
-def test_a_cache_that_cannot_be_written_is_told(compute: Compute, tmp_path: Path):
-    (tmp_path / "file").touch()
-    found = compute(tiny_model(), cache=tmp_path / "file")
-    assert len(found.values) == 20
-    assert "could not be kept" in found.notes[0]
 
 
 def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_folder: Path):

@@ -1,13 +1,13 @@
 """ImageNet ReaL: by hand on drawn data, and on real images with a model of known answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import allmlp as am
 from allmlp.data.source import Source, subset
@@ -42,9 +42,6 @@ def test_the_score_by_hand():
         real.score(np.array([3]), np.array([0]))
 
 
-# The real file and real images
-
-
 @needs_shared
 def test_real_validation_images_and_known_answers(tmp_path: Path):
     """All answers are the original labels, but for three of the five that are checked by hand."""
@@ -65,9 +62,6 @@ def test_real_validation_images_and_known_answers(tmp_path: Path):
     score = labels.score(np.arange(len(source)), answers)
     # 130 of the 144 have the original label among theirs; here 0 is wrong instead, and 7 right.
     assert (score.images, score.correct, score.unlabelled) == (144, 130 - 1 + 1, 12)
-
-
-# The number of an image, from each kind of source
 
 
 @pytest.fixture
@@ -91,9 +85,6 @@ def test_numbers_of_files_in_folders_and_shards(folder: Path, tmp_path: Path):
 def parquet_file(
     path: Path, columns: dict[str, list[int]], names: list[str | None] | None
 ) -> Source:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
-
     files = [encode(draw(seed)) for seed in range(3)]
     images = [
         {"bytes": data, **({} if names is None else {"path": name})}
@@ -132,9 +123,6 @@ def test_names_that_are_refused(folder: Path, name: str, message: str):
     with pytest.raises(am.UserError, match=message) as no:
         validation_ids(open_source(str(folder)))
     assert Path(str(no.value.where)).is_file()
-
-
-# Files and classes that are refused
 
 
 @pytest.mark.parametrize(

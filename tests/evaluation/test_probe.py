@@ -1,7 +1,5 @@
 """The linear probe against scikit-learn."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits

@@ -1,7 +1,5 @@
 """JSON nested as deep as its file is long: one error that names the file, whoever reads it."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

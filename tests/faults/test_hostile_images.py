@@ -1,7 +1,5 @@
 """Images as they come: damaged, turned, in odd modes, of odd shapes, and meant to do harm."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +16,8 @@ from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
-from conftest import draw, encode, make_class_folder, tiny_config, tiny_model
-
-UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+from conftest import draw, encode, make_class_folder, tiny_model, tiny_run, turned
+from odd_images import arrow
 
 
 def damaged(folder: Path) -> dict[str, Path]:
@@ -56,10 +45,9 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     before = {path: path.read_bytes() for path in bad.values()}
     losses = []
     for number, workers in enumerate((0, 2)):
-        config = tiny_config(
-            str(data), tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
-        )
-        run = am.train(config, quiet=True).run_folder
+        run = tiny_run(
+            data, tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
+        ).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
         assert {Path(name).name for name in listed} == set(bad)
@@ -68,21 +56,14 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     assert losses[0] == losses[1]
     assert {path: path.read_bytes() for path in bad.values()} == before
     with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*max_bad 0.1"):
-        am.train(tiny_config(str(data), tmp_path / "strict", data__max_bad=0.0), quiet=True)
+        tiny_run(data, tmp_path / "strict", data__max_bad=0.0)
     assert not (tmp_path / "strict").exists()
 
 
 def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
-    upright = np.zeros((24, 16, 3), np.uint8)
-    upright[2:8, 2:4], upright[20:22, 6:14] = (250, 10, 10), (10, 250, 10)
-    paths = []
-    for orientation in range(1, 9):
-        stored, exif = Image.fromarray(upright), Image.Exif()
-        if orientation in UNDO:
-            stored = stored.transpose(UNDO[orientation])
-        exif[0x0112] = orientation
-        paths.append(str(tmp_path / f"{orientation}.png"))
-        stored.save(paths[-1], exif=exif)
+    paths = [str(tmp_path / f"{orientation}.png") for orientation in range(1, 9)]
+    for orientation, path in enumerate(paths, 1):
+        arrow(orientation).save(path, exif=turned(orientation))
     source = labelled(ImageFiles(paths), "x", ["a", "b"], np.zeros(8, np.int64))
     preprocessing = Preprocessing(image_size=(8, 8))
     still = Augmentation(AugmentSettings(crop=NoCrop(), flip=False), preprocessing)
@@ -102,7 +83,7 @@ def test_all_orientations_look_the_same_to_train_evaluate_and_predict(tmp_path):
 
 BOMBS = """
 import struct, sys, time, zlib, resource
-from allmlp.data.image import decode
+from allmlp.data.image import MAX_SIDE, decode
 from allmlp.errors import UserError
 
 def chunk(kind, body):
@@ -110,14 +91,16 @@ def chunk(kind, body):
 
 def png(width, height, extra=b""):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(bytes(30_000_000), 9))
     return b"\\x89PNG\\r\\n\\x1a\\n" + header + extra + pixels + chunk(b"IEND", b"")
 
+pixels = chunk(b"IDAT", zlib.compress(bytes(30_000_000), 9))
 text = chunk(b"zTXt", b"Comment\\0\\0" + zlib.compress(bytes(150_000_000), 1))
 files = {
     "256 million pixels": png(16_000, 16_000),
     "108 million pixels": png(10_400, 10_400),
+    "90 billion pixels": png(300_000, 300_000),
     "a line": png(65_500, 1),
+    "a column": png(1, MAX_SIDE + 1),
     "text": png(16_000, 16_000, text),
 }
 decode_error = lambda: decode(files["a line"][:40], "warm")
@@ -129,10 +112,10 @@ for name, data in files.items():
     try:
         decode(data, name)
     except UserError as error:
-        assert name in str(error)
+        assert error.where == name
     else:
         sys.exit(f"{name} was decoded")
-    print(f"{name}: {time.process_time() - started:.4f} s")
+    assert time.process_time() - started < 1.0, name
 print("grown by", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, "MiB")
 """
 

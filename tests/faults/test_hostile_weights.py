@@ -1,7 +1,5 @@
 """Nothing that is loaded runs code, and no file brings the machine down: one line each."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -13,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 
 import allmlp as am
-from conftest import GOLDEN, mixer, tiny_model
+from conftest import GOLDEN, refused, tiny_model
 
 MARKER = Path(os.environ.get("TMPDIR", "/tmp")) / f"allmlp_attack_{os.getpid()}"
 
@@ -162,78 +161,63 @@ def test_load_model(tmp_path: Path, name: str):
         ["models", "--inspect", "FILE"],
     ],
 )
-def test_every_command_ends_with_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, command: list[str]
-):
+def test_every_command_ends_with_one_message(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pth"
     path.write_bytes(ATTACKS["evil.pth"]())
-    code, _, error = mixer(capsys, *(path if word == "FILE" else word for word in command))
-    assert code == 2
-    assert error.startswith("error: ")
-    assert f"where: {path}" in error
-    assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == [path]
+    words = (path if word == "FILE" else word for word in command)
+    assert f"where: {path}" in refused(capsys, tmp_path, *words)
     assert not MARKER.exists()
+
+
+LARGE = "cannot be built|do not fit"
+NO_MIXER = "not a mixer architecture"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_blocks": 10**9}, "says 1,000,000,000 blocks"),
-        ({"hidden_dim": 10**15}, "cannot be built|do not fit"),
-        ({"image_size": [10**12, 10**12]}, "cannot be built|do not fit"),
-        ({"image_size": "ab"}, "not a mixer architecture"),
-        ({"hidden_dim": 10**400}, "cannot be built|do not fit"),
-        ({"patch_size": 1.5}, "not a mixer architecture"),
-        ({"gelu": ["exact"]}, "not a mixer architecture"),
-        ({"surprise": 1}, "not a mixer architecture"),
-        ({"family": []}, "unknown model family"),
+        ({"architecture": {"num_blocks": 10**9}}, "says 1,000,000,000 blocks"),
+        ({"architecture": {"hidden_dim": 10**15}}, LARGE),
+        ({"architecture": {"image_size": [10**12, 10**12]}}, LARGE),
+        ({"architecture": {"hidden_dim": 10**400}}, LARGE),
+        ({"architecture": {"image_size": "ab"}}, NO_MIXER),
+        ({"architecture": {"patch_size": 1.5}}, NO_MIXER),
+        ({"architecture": {"gelu": ["exact"]}}, NO_MIXER),
+        ({"architecture": {"surprise": 1}}, NO_MIXER),
+        ({"architecture": {"family": []}}, "unknown model family"),
+        ({"preprocessing": {"image_size": [float("inf"), 8]}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 8], "std": float("nan")}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 8], "mean": float("inf")}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 8], "std": True}}, "not a preprocessing"),
+        ({"preprocessing": {"image_size": [8, 8], "resize": "zoom"}}, "zoom"),
+        ({"preprocessing": {"image_size": [8, 16]}}, r"\(8, 16\)"),
+        ({"class_names": ["\ud800", "b", "c", "d", "e", "f", "g"]}, "not valid text"),
+        ({"class_names": ["ant", "bee"]}, "2 class names"),
+        ({"decision": {"temperature": -1}}, "temperature"),
+        ({"version": 99}, "99"),
+        ('{"format": "allmlp", "version": ' + "9" * 5000 + "}", r"config\.json"),
+        (
+            '{"format": "allmlp", "version": 1, "architecture": {"family": "mixer"}}',
+            r"config\.json",
+        ),
+        ("[" + "1," * 500_000 + "1]", r"config\.json"),
+        ("null", r"config\.json"),
+        ("{", r"config\.json"),
     ],
 )
-def test_a_hostile_description(tmp_path: Path, change: dict[str, object], message: str):
+def test_a_hostile_description(tmp_path: Path, change: Any, message: str):
     path = am.save_model(tiny_model(), tmp_path / "folder")
-    said = json.loads((path.parent / "config.json").read_text())
-    said["architecture"].update(change)
-    (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(am.UserError, match=message):
+    file = path.parent / "config.json"
+    if isinstance(change, dict):
+        said = json.loads(file.read_text())
+        architecture = {**said["architecture"], **change.get("architecture", {})}
+        change = json.dumps({**said, **change, "architecture": architecture})
+    file.write_text(change)
+    with pytest.raises(am.UserError, match=message) as caught:
         am.load_model(path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"format": "allmlp", "version": ' + "9" * 5000 + "}",
-        '{"format": "allmlp", "version": 1, "architecture": {"family": "mixer"}}',
-        "[" + "1," * 500_000 + "1]",
-        "null",
-    ],
-)
-def test_hostile_json(tmp_path: Path, text: str):
-    path = am.save_model(tiny_model(), tmp_path / "folder")
-    (path.parent / "config.json").write_text(text)
-    with pytest.raises(am.UserError) as caught:
-        am.load_model(path)
-    assert "config.json" in str(caught.value.where)
-    assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"preprocessing": {"image_size": [float("inf"), 8]}},
-        {"preprocessing": {"image_size": [8, 8], "std": float("nan")}},
-        {"preprocessing": {"image_size": [8, 8], "mean": float("inf")}},
-        {"preprocessing": {"image_size": [8, 8], "std": True}},
-        {"class_names": ["\ud800", "b", "c", "d", "e", "f", "g"]},
-    ],
-)
-def test_values_that_would_spoil_predictions(tmp_path: Path, change: dict[str, object]):
-    path = am.save_model(tiny_model(), tmp_path / "folder")
-    said = {**json.loads((path.parent / "config.json").read_text()), **change}
-    (path.parent / "config.json").write_text(json.dumps(said))
-    with pytest.raises(am.UserError, match="not a preprocessing|not valid text"):
-        am.load_model(path)
+    assert str(caught.value.where).startswith(str(path.parent))
+    assert len(str(caught.value)) < 3000
 
 
 def test_a_million_blocks_by_name(tmp_path: Path):
@@ -263,9 +247,7 @@ def test_the_attack_works_where_it_is_not_stopped():
     keep=st.floats(0.3, 1),
 )
 @pytest.mark.slow
-def test_any_damage_is_a_model_or_one_error(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, place: float, change: bytes, keep: float
-):
+def test_any_damage_is_a_model_or_one_error(tmp_path_factory, kind, place, change, keep):
     good = {
         "npz": lambda: GOOD_NPZ,
         "safetensors": safe,

@@ -1,7 +1,5 @@
 """Exports that are killed: no half file, and nothing is left behind for long."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -152,7 +150,6 @@ def test_a_living_process_keeps_its_folder(tmp_path: Path):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
         os.utime(theirs, (0, 0))  # however old it is
         with staging_folder(path) as ours:

@@ -1,7 +1,5 @@
 """`mixer data pack` killed or failing while it puts its files in place."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -12,8 +10,6 @@ import pytest
 from allmlp.data.sources import open_source, open_splits
 from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError
-
-pytest.importorskip("pyarrow")
 
 KILLS = """
 import os, signal, sys

@@ -1,7 +1,5 @@
 """Fine-tuning studies that were killed, stopped or wrong from the start."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
@@ -10,14 +8,9 @@ import pytest
 
 import allmlp as am
 from allmlp import sweep
-from runs import before_step, digest, start, unix
-from studies import make_place, settings
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
-
+from conftest import digest
+from runs import before_step, start, unix
+from studies import settings
 
 KILLED = """
 def kill(trainer):
@@ -78,7 +71,6 @@ def test_a_study_that_is_stopped_in_its_first_run_resumes(place, monkeypatch, ca
         ({}, [], [0, -1], "seed.*-1"),
         ({"patience": 2}, [0.1], [0], "patience=2"),
         ({"data__holdout": 0.0}, [0.1], [0], "holdout 0"),
-        ({"output": None}, [0.1], [0], "named folder"),
     ],
 )
 def test_mistakes_write_nothing(place, changes, grid, seeds, message):

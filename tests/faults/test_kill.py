@@ -1,7 +1,5 @@
 """A kill at any instant: what is found afterwards is whole."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random
@@ -39,7 +37,6 @@ def test_frozen_and_killed_while_saving(tmp_path: Path):
     for _ in range(3):
         command = [sys.executable, "-c", SAVER, str(folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
             for _ in range(4):
                 child.stdout.readline()
                 time.sleep(chance.uniform(0.0, 0.02))
@@ -71,7 +68,6 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
     folder = tmp_path / "model"
     command = [sys.executable, "-c", LARGE, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
         child.stdout.readline()
         until = time.monotonic() + 60
         while time.monotonic() < until:  # the weights are some megabytes on their way
@@ -89,9 +85,7 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path):
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_what_the_library_writes_is_removed_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_the_library_writes_is_removed_when_it_fails(tmp_path, monkeypatch):
     def full(tensors: object, target: Path, metadata: object) -> None:
         target.with_name(".tmpAbCdEf").write_bytes(b"half")
         raise safetensors.SafetensorError("No space left on device")

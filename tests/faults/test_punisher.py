@@ -1,7 +1,5 @@
 """Kills at random moments of a run, and two runs in one folder (the small punisher)."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -11,28 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from runs import (
-    DROPOUT,
-    check_same,
-    logged,
-    losses_of,
-    make_data,
-    run_config,
-    start,
-    train,
-    unix,
-    until,
-)
+from runs import DROPOUT, check_same, logged, losses_of, run_config, start, train, unix, until
 
 pytestmark = unix
 
 KILLS = 30
 LONG = {**DROPOUT, "steps": 120, "evaluate_every": 16, "checkpoint_every": 5}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("punisher") / "data")
 
 
 @pytest.mark.slow

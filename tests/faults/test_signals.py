@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C: the run is saved and says how to go on (fault test 11)."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -13,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from allmlp.training import train as loop
+from conftest import digest
 from runs import (
     DROPOUT,
     check_same,
-    digest,
     logged,
     losses_of,
-    make_data,
     results_of,
     run_config,
     start,
@@ -34,11 +31,6 @@ pytestmark = unix
 
 MIXER = Path(sys.executable).with_name("mixer")
 LONG = {**DROPOUT, "steps": 150, "evaluate_every": 50, "data__num_workers": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("signals") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +97,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
     process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")

@@ -1,7 +1,5 @@
 """Worker processes that cannot start as usual: no guard, little shared memory, no answer."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 import signal
@@ -12,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from conftest import tiny_config
-from runs import DROPOUT, check_same, make_data, run_config, start, steps_of, train, unix, until
+from conftest import make_data, tiny_config, tiny_run
+from runs import DROPOUT, check_same, run_config, start, steps_of, train, unix, until
 
 SCRIPT = """
 import multiprocessing
@@ -38,10 +36,7 @@ def run_script(folder: Path, method: str, call: str) -> subprocess.CompletedProc
     text = SCRIPT.format(config=config.to_json(), method=method, call=call)
     (folder / "script.py").write_text(text)
     return subprocess.run(
-        [sys.executable, folder / "script.py"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, folder / "script.py"], capture_output=True, text=True, check=False
     )
 
 
@@ -63,9 +58,7 @@ def test_a_script_with_a_guard(tmp_path: Path, method: str):
     done = run_script(tmp_path, method, GUARDED)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     changes = {"epochs": 1, "data__num_workers": 0}
-    config = tiny_config(str(tmp_path / "data"), tmp_path / "here", **changes)
-    result = am.train(config, quiet=True)
-    assert result.validation is not None
+    result = tiny_run(tmp_path / "data", tmp_path / "here", **changes)
     assert done.stdout.split() == ["reached", str(result.validation.top1)]
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "here")
 
@@ -73,11 +66,9 @@ def test_a_script_with_a_guard(tmp_path: Path, method: str):
 def test_a_process_of_the_users_that_runs_the_script_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(am.UserError, match="Guard"):
-        am.train(tiny_config(str(make_data(tmp_path / "data")), tmp_path / "run"), quiet=True)
+        tiny_run(str(make_data(tmp_path / "data")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
-
-# A worker that never answers
 
 HANG = """
 import torch.utils.data._utils as parts

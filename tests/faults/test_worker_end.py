@@ -1,12 +1,10 @@
 """A loader worker that is killed or hangs while a run trains (fault test 13)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
-from runs import DROPOUT, check_same, losses_of, make_data, run_config, start, train, unix
+from runs import DROPOUT, check_same, losses_of, run_config, start, train, unix
 
 pytestmark = unix
 
@@ -31,22 +29,17 @@ def faulty(self, image, random, call=loop.Augmentation.__call__):
 
 patch.setattr(loop.Augmentation, "__call__", faulty)
 """
-KINDS = {
-    "killed": "(lambda: os.kill(os.getpid(), signal.SIGKILL))",
-    "hangs": "deadlock",
-}
+KINDS = {"killed": "(lambda: os.kill(os.getpid(), signal.SIGKILL))", "hangs": "deadlock"}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers")
-    return train(run_config(make_data(folder / "data"), folder / "straight", **CHANGES))
+def straight(data: Path) -> Path:
+    return train(run_config(data, data.parent / "straight", **CHANGES))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_it_is_named_and_the_run_resumes_later(straight: Path, tmp_path: Path, kind: str):
-    data = straight.parent / "data"
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_named_and_the_run_resumes_later(data, straight: Path, tmp_path: Path, kind: str):
     config = run_config(data, tmp_path / "run", **CHANGES)
     fault = FAULT.replace("KIND", KINDS[kind]).replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "said", fault)

@@ -1,7 +1,5 @@
 """Response maps and occlusion, on models whose answers are known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +105,6 @@ def test_response_maps_by_hand():
     assert first.read.tolist() == [[1 * (3 * 1 + 4 * 4), 0, -2 * (3 * 3 + 4 * 6)]]
     assert second.read.tolist() == [[0, 3 * (2 - 5), 0]]
     assert first.strength == 5.0
-    assert first.written is not None
     assert first.written.tolist() == [[0, 5, 10]]
     assert (second.layer, second.unit) == (4, 1)
     assert [unit.unit for unit in strongest([second, first], 2)] == [0, 1]
@@ -139,7 +136,6 @@ def test_response_maps_of_a_model(size):
     for hook in hooks:
         hook.remove()
     written = found[unit].written
-    assert written is not None
     assert torch.from_numpy(written).float().sub(change).abs().max() < 1e-5
     assert written.max() > 0.01
     assert not mixing.dense_0._forward_pre_hooks  # nothing is left behind

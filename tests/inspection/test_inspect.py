@@ -1,7 +1,5 @@
 """am.inspect and `mixer inspect`: the numbers, the files, wrong options, what does not apply."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from PIL import Image
 from test_attribution import OnePatch
 
 import allmlp as am
-from conftest import draw, encode, mixer, tiny_model
+from conftest import draw, encode, ran, tiny_model, user_error
 
 
 @pytest.fixture
@@ -24,9 +22,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    model = tiny_model(image_size=(16, 24), num_classes=2)
-    model.class_names = ["ant", "bee"]
-    am.save_model(model, tmp_path / "model")
+    am.save_model(tiny_model(["ant", "bee"], (16, 24)), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -124,20 +120,17 @@ def test_wrong_options(tmp_path, photo, settings, code, named):
         name: places.get(value, value) if isinstance(value, str) else value
         for name, value in settings.items()
     }
-    with pytest.raises(am.UserError, match=named) as error:
+    with user_error(code, named):
         am.inspect(tiny_model(), **given)
-    assert error.value.code == code
     assert not list(tmp_path.glob("out/*"))  # nothing half-written
 
 
 def test_the_command_prints_the_numbers(capsys, saved):
-    code, out, _ = mixer(capsys, "inspect", saved)
-    assert code == 0
+    out, _ = ran(capsys, "inspect", saved)
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines[5:8]] == [["1", "8"], ["2", "8"], ["stem", "16"]]
-    code, out, _ = mixer(capsys, "inspect", saved, "--compare", "random", "--seed", 3)
+    out, _ = ran(capsys, "inspect", saved, "--compare", "random", "--seed", 3)
     rows = [line for line in out.splitlines() if line.startswith("1 ")]
     found = am.inspect(saved, compare="random", seed=3)
-    assert found.compared is not None
     for units, row in zip((found.model, found.compared), rows, strict=True):
         assert f" {units.measures['1'].frequency.mean():.3f} " in row

@@ -1,7 +1,5 @@
 """The figures: every weight is a square of whole pixels, and a vector file holds the same."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """The measures, on units made by hand whose numbers are known; which weights are units."""
 
-from __future__ import annotations
-
 import math
 import re
 
@@ -118,9 +116,6 @@ def test_zero_units_enter_no_other_number():
     assert (nothing["opposite_share"], nothing["frequency"]["mean"]) == (None, None)
 
 
-# The units of a model
-
-
 def test_units_are_row_major_over_the_grid():
     model = tiny_model(image_size=(8, 12))
     first = model.blocks[0].token_mixing
@@ -135,9 +130,7 @@ def test_units_are_row_major_over_the_grid():
     layer = found.layer(1)
     assert (layer.incoming.shape, layer.incoming.dtype) == ((8, 2, 3), np.float64)
     assert np.argwhere(layer.incoming).tolist() == [[5, 1, 1]]
-    assert layer.outgoing is not None
     assert np.argwhere(layer.outgoing).tolist() == [[5, 0, 2]]
-    assert found.stem_weights is not None
     assert found.stem_weights.shape == (16, 4, 4, 3)
     assert found.stem_weights[3, 1, 2, 0] == pytest.approx(model.stem.weight[3, 0, 1, 2].item())
 
@@ -176,7 +169,6 @@ def test_variants_of_token_mixing(changes, drawn, note):
     found = model_units(tiny_model(**changes))
     assert [layer.number for layer in found.layers] == drawn
     assert all(layer.outgoing is None for layer in found.layers)
-    assert found.stem_weights is not None
     (text,) = found.notes
     with pytest.raises(am.UserError, match=r"layer 2"):
         found.layer(2)

@@ -1,7 +1,5 @@
 """Names of architectures, configurations to and from JSON, and what a classifier carries."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
@@ -115,8 +113,7 @@ def test_class_names_may_be_any_sequence_of_text():
 
 @pytest.mark.parametrize("names", [["ant", "bee"], [0, 1, 2], "ant", {0: "a", 1: "b", 2: "c"}])
 def test_wrong_class_names(names: Any):
-    model = tiny_model(num_classes=3)
-    model.class_names = ["x", "y", "z"]
+    model = tiny_model(["x", "y", "z"])
     with pytest.raises(am.UserError, match="class names"):
         model.class_names = names
     model.class_names.append("w")

@@ -1,7 +1,5 @@
 """The compiled tanh GELU of long runs on a CPU: exact, and chosen by a rule."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The fast path without gradients: packed dense layers equal torch's own, and touch nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +33,6 @@ def build(name: str) -> am.ImageClassifier:
     torch.manual_seed(0)
     catalog_name, overrides = MODELS[name]
     model = am.create_model(catalog_name, num_classes=10, **overrides).eval()
-    assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
         for parameter in model.parameters():
@@ -92,7 +89,6 @@ def test_logits_are_not_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch, pac
     assert ready.packed == packs
     logits = ready.logits(images)
     assert (logits != logits.bfloat16().float()).any()
-    assert model.head is not None
     with torch.no_grad():
         expected = model.head(ready.features(images))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -122,7 +118,6 @@ def test_a_batch_is_cut_into_equal_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     model = build("mixer")
     images = draw(model, 7)
     whole = Inference(model, "float32")
-    assert whole.most is not None
     assert whole.most >= 7
     monkeypatch.setattr(inference, "LARGEST_ACTIVATION", 3 * 4 * model.config.widest)
     cut = Inference(model, "float32")
@@ -132,9 +127,7 @@ def test_a_batch_is_cut_into_equal_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Inference(model, "float32").most == 1
 
 
-def test_an_operator_that_computes_something_else_is_not_used(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_operator_that_computes_something_else_is_not_used(monkeypatch):
     can_pack.cache_clear()
     try:
         monkeypatch.setattr(PackedDense, "forward", lambda self, x: torch.zeros(2, 40, 48))
@@ -178,7 +171,7 @@ class Foreign(nn.Module):
 @needs_packing
 def test_layers_of_other_code_and_with_hooks_stay() -> None:
     model = build("mixer")
-    model.blocks.append(Foreign())  # pyright: ignore
+    model.blocks.append(Foreign())
     seen: list[int] = []
     hooked = model.get_submodule("blocks.0.channel_mixing.dense_1")
     hooked.register_forward_hook(lambda *_: seen.append(1))
@@ -195,7 +188,6 @@ def test_layers_of_other_code_and_with_hooks_stay() -> None:
 def test_precisions_and_models_that_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mixer")
     assert choose_precision(model, "float32") == ("float32", "chosen")
-    assert choose_precision(model, "auto")[0] in ("float32", "bfloat16")
     with pytest.raises(am.UserError, match="'half'"):
         choose_precision(model, "half")
     ready, images = Inference(model.double(), "float32"), draw(model, 2).double()

@@ -1,7 +1,5 @@
 """CycleMLP and Vision Permutator: equal to their authors' codes; shifts, maps, sizes, errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Suites of fine-tuning: what each run is given, the means, and how a suite resumes."""
 
-from __future__ import annotations
-
 import json
 import re
 import statistics
@@ -44,9 +42,7 @@ def place(tmp_path: Path) -> Path:
 def run(place: Path, output: str = "out", tasks: str = "pets dtd", **changes: Any) -> SuiteResult:
     sources = {name: str(place / name) for name in tasks.split()}
     given = {**SMALL, **FREE, "output": str(place / output), "tasks": sources, **changes}
-    result = vtab(str(place / "weights"), **given)
-    assert result is not None
-    return result
+    return vtab(str(place / "weights"), **given)
 
 
 @pytest.mark.slow
@@ -113,7 +109,6 @@ def test_the_papers_protocol(place, monkeypatch):
     asked = pretended(monkeypatch, lambda config: 0.5 + config.seed / 10)
     sources = {"pets": str(place / "pets"), "dsprites_x": "digits"}
     result = vtab("w", tasks=sources, output=str(place / "out"), **FREE)
-    assert result is not None
     assert result.changes == []
     runs = by_name(asked)
     assert len(runs) == 2 * (3 + 3)
@@ -140,7 +135,6 @@ def test_the_lightweight_protocol(place, monkeypatch):
     given: dict[str, Any] = {**FREE, "protocol": "lightweight", "tasks": {"pets": place / "pets"}}
     result = vtab("w", output=str(place / "out"), **given)
     (config,) = asked  # a single rate needs no grid
-    assert result is not None
     assert result.changes == []
     assert (config.steps, config.batch_size, config.seed) == (1000, 64, 0)
     assert (config.optimizer.learning_rate, config.data.holdout) == (0.01, 0.0)
@@ -151,7 +145,6 @@ def test_the_lightweight_protocol(place, monkeypatch):
     assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 1e-3, 1e-4, 1e-5])
     asked.clear()
     result = vtab("w", output=str(place / "short"), steps=100, seeds=(3,), **given)
-    assert result is not None
     assert {"steps=100", "seeds 3"} <= {*result.changes}
     (config,) = asked
     assert (config.seed, warmup_steps(config.optimizer, 100)) == (3, 8)

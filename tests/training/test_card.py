@@ -1,7 +1,5 @@
 """The model card: true of every family, read by hubs, and of use to whoever gets the folder."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -29,19 +27,18 @@ def header_of(card: str) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in (line.split(": ", 1) for line in lines)}
 
 
-def card_of(model: Any, tmp_path: Path, measured: bool = True, **changes: Any) -> str:
+LOGITS = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32))
+TEST = Evaluation("digits:test", ["a", "b"], np.array([0, 1, 1]), np.arange(3), LOGITS)
+
+
+def card_of(
+    model: Any, tmp_path: Path, validation: Any = None, test: Any = TEST, **changes: Any
+) -> str:
     model.preprocessing = Preprocessing(image_size=model.config.image_size)
     config = tiny_config(changes.pop("source", "digits"), tmp_path / "run", **changes)
-    train = open_splits("digits")["train"]
-    test = Evaluation(
-        f"{config.data.source}:test",
-        ["a", "b"],
-        np.array([0, 1, 1]),
-        np.arange(3),
-        np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], dtype=np.float32)),
-    )
-    splits = Splits(train, None, None, False, [])
-    return model_card(Outcome(config, splits, model, None, test if measured else None))
+    splits = Splits(open_splits("digits")["train"], None, None, False, [])
+    test = test and replace(test, data=f"{config.data.source}:test")
+    return model_card(Outcome(config, splits, model, validation, test))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +81,7 @@ def test_the_fields_of_the_hub(tmp_path: Path):
     ]
     assert header["license"] == "apache-2.0"  # of the weights that it began with
     assert "datasets" not in header  # not on the hub
-    nothing = header_of(card_of(tiny_model(), tmp_path, measured=False))
+    nothing = header_of(card_of(tiny_model(), tmp_path, test=None))
     assert not {"model-index", "metrics", "base_model", "license"} & nothing.keys()
     of_hub = header_of(card_of(tiny_model(), tmp_path, source="hf:owner/name@v1"))
     assert of_hub["datasets"] == ["owner/name"]
@@ -93,14 +90,8 @@ def test_the_fields_of_the_hub(tmp_path: Path):
 
 
 def test_a_test_set_whose_logits_were_not_kept(tmp_path: Path):
-    labels, logits = np.array([0, 1]), np.array([[2.0, 0.0], [0.0, 2.0]], dtype=np.float32)
-    test = Evaluation("digits:test", ["a", "b"], labels, np.arange(2), logits)
-    validation = replace(test, data="digits:validation", decision=Decision(temperature=2.0))
-    config = tiny_config("digits", tmp_path / "run")
-    splits = Splits(open_splits("digits")["train"], None, None, False, [])
-    model = tiny_model()
-    model.preprocessing = Preprocessing(image_size=model.config.image_size)
-    card = model_card(Outcome(config, splits, model, validation, test.without_logits()))
+    validation = replace(TEST, data="digits:validation", decision=Decision(temperature=2.0))
+    card = card_of(tiny_model(), tmp_path, validation, TEST.without_logits())
     assert "digits:validation" in card
     assert "digits:test" in card
 
@@ -113,9 +104,7 @@ def test_no_path_of_this_machine(tmp_path: Path):
     assert "weights runs" in card
 
 
-def test_the_code_works_where_the_folder_is(
-    capsys, trained: am.TrainResult, tmp_path: Path, monkeypatch
-):
+def test_the_code_works_where_the_folder_is(capsys, trained, tmp_path, monkeypatch):
     folder = trained.run_folder / "best"
     card = (folder / "README.md").read_text()
     assert str(trained.run_folder) not in card

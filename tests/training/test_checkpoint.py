@@ -2,8 +2,6 @@
 disks and damage, after which what is found is whole, and no older than was promised.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -13,7 +11,6 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from allmlp.training.checkpoint import (
     verify,
     write_manifest,
 )
+from conftest import user_error
 from runs import start, unix, until
 
 
@@ -81,16 +79,10 @@ def saved(folder: Path, *steps: int, **options: Any) -> Checkpoints:
     return checkpoints
 
 
-def newest(checkpoints: Checkpoints) -> Checkpoint:
-    found = checkpoints.newest()
-    assert found is not None
-    return found
-
-
 def whole_number(folder: Path, lines: list[str] | None = None) -> int:
     """The step of the newest checkpoint, when all that it holds is of this one step."""
     checkpoints = Checkpoints(folder, say=[].append if lines is None else lines.append)
-    found = newest(checkpoints)
+    found = checkpoints.newest()
     tensors = blank(state(0))
     checkpoints.load(found, tensors)
     assert bits(tensors) == bits(state(found.step))
@@ -113,7 +105,7 @@ def test_every_bit_comes_back(tmp_path: Path):
     checkpoints.close()
 
     later = Checkpoints(tmp_path / "checkpoints")
-    found = newest(later)
+    found = later.newest()
     assert (found.step, found.values) == (12000, values)
     assert found.path == tmp_path / "checkpoints" / "step-00012000"
     assert names(found.path) == [MANIFEST, STATE]
@@ -176,7 +168,7 @@ def test_a_damaged_one_pushes_no_good_one_out(tmp_path: Path):
     saved(tmp_path, 1, 9)
     flip(tmp_path / "step-00000009" / STATE)
     checkpoints = Checkpoints(tmp_path, keep=2, say=lambda line: None)
-    assert newest(checkpoints).step == 1
+    assert checkpoints.newest().step == 1
     checkpoints.save(2, state(2), {})
     checkpoints.wait()
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000009"]
@@ -191,11 +183,11 @@ def test_the_same_step_again_replaces_only_a_damaged_one(tmp_path: Path):
 
     before = files()
     checkpoints.save(5, state(6), {"step": 6})
-    assert newest(checkpoints).values == {"step": 5}
+    assert checkpoints.newest().values == {"step": 5}
     assert files() == before
     flip(tmp_path / "step-00000005" / STATE)
     checkpoints.save(5, state(6), {"step": 6})
-    found = newest(checkpoints)
+    found = checkpoints.newest()
     assert (found.values, names(tmp_path)) == ({"step": 6}, ["step-00000005"])
     tensors = blank(state(6))
     checkpoints.load(found, tensors)
@@ -204,7 +196,7 @@ def test_the_same_step_again_replaces_only_a_damaged_one(tmp_path: Path):
 
 def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
     checkpoints = saved(tmp_path, 1)
-    found, good = newest(checkpoints), blank(state(1))
+    found, good = checkpoints.newest(), blank(state(1))
     changes: list[dict[str, Tensor]] = [
         {"tail.weight": torch.zeros(2)},
         {"order": torch.zeros(8, dtype=torch.int64)},
@@ -258,6 +250,7 @@ def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
 
 STOPPED = """
 from test_checkpoint import *
+from conftest import user_error
 def stop():
     print("stopped", flush=True)
     time.sleep(60)
@@ -289,9 +282,7 @@ checkpoints.wait()
     ],
 )
 @pytest.mark.slow
-def test_killed_before_the_rename_and_in_a_removal(
-    tmp_path: Path, patch: str, leftover: str, newest: int
-):
+def test_killed_before_the_rename_and_in_a_removal(tmp_path, patch, leftover, newest):
     folder = tmp_path / "checkpoints"
     script = STOPPED.replace("PATCH", patch).replace("FOLDER", repr(str(folder)))
     process = start([], tmp_path / "said", script)
@@ -375,9 +366,7 @@ def test_the_disk_is_full_at_some_byte(tmp_path: Path, full_disk: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_the_disk_is_full_when_a_file_is_brought_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-):
+def test_the_disk_is_full_when_a_file_is_brought_to_it(tmp_path, monkeypatch, number):
     """The tensors, the manifest, the folder."""
     checkpoints, calls, fsync = saved(tmp_path, 1), [], os.fsync
 
@@ -412,9 +401,7 @@ def damage_empty(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [STATE, MANIFEST])
 @pytest.mark.parametrize("damage", [flip, damage_truncate, damage_empty, Path.unlink])
-def test_what_is_damaged_is_named_and_skipped(
-    tmp_path: Path, name: str, damage: Callable[[Path], None]
-):
+def test_what_is_damaged_is_named_and_skipped(tmp_path, name, damage):
     saved(tmp_path, 1, 2)
     damage(tmp_path / "step-00000002" / name)
     lines: list[str] = []
@@ -469,9 +456,8 @@ def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
 def test_checkpoints_of_version_0_1_are_one_clear_message(tmp_path: Path):
     (tmp_path / "step-00000002").mkdir()
     (tmp_path / "step-00000002" / MANIFEST).write_text('{\n "format": 1,\n "step": 2\n}\n')
-    with pytest.raises(UserError, match="version 0.1") as error:
+    with user_error("old-format", "version 0.1"):
         Checkpoints(tmp_path).newest()
-    assert error.value.code == "old-format"
 
 
 def test_tensors_that_only_their_checksum_calls_whole(tmp_path: Path):

@@ -1,10 +1,6 @@
 """How a run computes: precision, compiling, threads, micro-batches; said in words, never hidden."""
 
-from __future__ import annotations
-
-import json
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +9,11 @@ import torch.nn.functional as F
 import allmlp as am
 from allmlp.models.mixer import MlpMixer
 from allmlp.runtime import device as compute
-from allmlp.runtime.device import (
-    ComputePolicy,
-    choose_policy,
-    torch_settings,
-)
+from allmlp.runtime.device import ComputePolicy, choose_policy, torch_settings
 from allmlp.runtime.world import World
 from allmlp.training import step
-from conftest import tiny_config
+from conftest import tiny_config, tiny_run, user_error
+from runs import losses_of
 
 pytestmark = pytest.mark.numerics
 
@@ -34,11 +27,6 @@ def policy(flops: int, precision: str = "auto") -> ComputePolicy:
 
 def settings(flops: int, num_threads: int | None = None) -> AbstractContextManager[None]:
     return torch_settings(CPU, "float32", num_threads, step_operations=96 * flops)
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +59,10 @@ def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step.torch, "compile", failing)
     monkeypatch.setattr(compute, "can_compile", lambda device: True)
-    plain = am.train(tiny_config(str(class_folder), tmp_path / "plain", epochs=1), quiet=True)
-    run = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", compile="on", epochs=1), quiet=True
-    ).run_folder
+    plain = tiny_run(class_folder, tmp_path / "plain", epochs=1)
+    run = tiny_run(class_folder, tmp_path / "run", compile="on", epochs=1).run_folder
     assert "not compiled after all: " in (run / "log.txt").read_text()
-    assert losses(run) == losses(plain.run_folder)
+    assert losses_of(run) == losses_of(plain.run_folder)
 
 
 @pytest.mark.slow
@@ -89,14 +75,12 @@ def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
         "augment__mixup": 0.5,
         "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
     }
-    plain = am.train(tiny_config(str(class_folder), tmp_path / "plain", **settings), quiet=True)
-    run = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", compile="on", **settings), quiet=True
-    ).run_folder
+    plain = tiny_run(class_folder, tmp_path / "plain", **settings)
+    run = tiny_run(class_folder, tmp_path / "run", compile="on", **settings).run_folder
     log = (run / "log.txt").read_text()
     assert "compiled" in log
     assert "not compiled" not in log
-    assert losses(run) == pytest.approx(losses(plain.run_folder), rel=1e-5)
+    assert losses_of(run) == pytest.approx(losses_of(plain.run_folder), rel=1e-5)
 
 
 def test_onednn_is_only_taken_where_it_stays_float32(monkeypatch):
@@ -152,9 +136,8 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
 
     def run(name: str, **changes: object) -> tuple[list[float], str]:
         given = {"augment__mixup": 0.5, "model__overrides": overrides, **changes}
-        config = tiny_config(str(class_folder), tmp_path / name, **given)
-        folder = am.train(config, quiet=True).run_folder
-        return losses(folder), (folder / "log.txt").read_text()
+        folder = tiny_run(class_folder, tmp_path / name, **given).run_folder
+        return losses_of(folder), (folder / "log.txt").read_text()
 
     whole, _ = run("whole")
     asked, log = run("asked", micro_batch_size=3)
@@ -170,7 +153,7 @@ def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path, monkeypatch):
-    whole = am.train(tiny_config(str(class_folder), tmp_path / "whole"), quiet=True)
+    whole = tiny_run(class_folder, tmp_path / "whole")
     forward = MlpMixer.forward
 
     def small(self, images):
@@ -179,15 +162,15 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_parts(class_folder, tmp_path
         return forward(self, images)
 
     monkeypatch.setattr(MlpMixer, "forward", small)
-    parts = am.train(tiny_config(str(class_folder), tmp_path / "parts"), quiet=True)
+    parts = tiny_run(class_folder, tmp_path / "parts")
     log = (parts.run_folder / "log.txt").read_text()
     assert "4 images at once from here on" in log
     assert "2 images at once from here on" in log
-    assert losses(parts.run_folder) == pytest.approx(losses(whole.run_folder), abs=1e-6)
+    assert losses_of(parts.run_folder) == pytest.approx(losses_of(whole.run_folder), abs=1e-6)
     enough = lambda self, images: small(self, range(9) if self.training else images)  # noqa: E731
     monkeypatch.setattr(MlpMixer, "forward", enough)
     with pytest.raises(am.UserError, match="1 images at once do not fit into the GPU"):
-        am.train(tiny_config(str(class_folder), tmp_path / "none"), quiet=True)
+        tiny_run(class_folder, tmp_path / "none")
 
 
 def test_processes_agree_on_a_micro_batch_before_the_first_update(
@@ -198,7 +181,7 @@ def test_processes_agree_on_a_micro_batch_before_the_first_update(
     choose = step.Updater.choose_micro_batch
     noting = lambda self: (seen.append(self), choose(self))[1]  # noqa: E731
     monkeypatch.setattr(step.Updater, "choose_micro_batch", noting)
-    am.train(tiny_config(str(class_folder), tmp_path / "run", epochs=1), quiet=True)
+    tiny_run(class_folder, tmp_path / "run", epochs=1)
     updater, forward, limit, tried = seen[-1], MlpMixer.forward, 7, list[int]()
 
     def small(self, images):
@@ -218,6 +201,5 @@ def test_processes_agree_on_a_micro_batch_before_the_first_update(
     assert tried == [12, 4, 4, 4]
     assert all(map(torch.equal, before, updater.parameters))
     limit = 0
-    with pytest.raises(am.UserError) as none:
+    with user_error("memory"):
         updater.agreed_size(12, 12)
-    assert none.value.code == "memory"

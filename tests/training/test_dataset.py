@@ -1,7 +1,5 @@
 """The images of a run: splits, holding out, bad files, drop lists, augmentation."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +14,7 @@ from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
 from allmlp.training.config import DataSettings
 from allmlp.training.dataset import Augmentation, open_training_data, split_data
-from conftest import draw, encode, make_class_folder, tiny_config
+from conftest import draw, encode, make_class_folder, tiny_config, tiny_run
 
 
 def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path):
@@ -43,7 +41,7 @@ def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
     for name in ("ant/0", "ant/1", "bee/3", "cat/0", "cat/1"):
         (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
     (class_folder / "val" / "bee" / "0.png").write_text("")
-    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    run = tiny_run(class_folder, tmp_path / "run").run_folder
     assert len((run / "bad_files.txt").read_text().splitlines()) == 6
     log = (run / "log.txt").read_text()
     assert "warning: 5 of 20 training images cannot be read and are skipped" in log
@@ -64,7 +62,7 @@ def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad
     for name in bad:
         (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
     with pytest.raises(am.UserError, match=message) as error:
-        am.train(tiny_config(str(class_folder), tmp_path / "run", **changes), quiet=True)
+        tiny_run(class_folder, tmp_path / "run", **changes)
     assert f"{bad[0]}.png" in error.value.what
     assert not (tmp_path / "run").exists()
 
@@ -74,7 +72,7 @@ def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path, name):
     for path in (class_folder / name).iterdir():
         path.write_bytes(path.read_bytes()[:-60])  # the header is good
     with pytest.raises(am.UserError, match=rf"images cannot be decoded[\s\S]*{name}/"):
-        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+        tiny_run(class_folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_too_many_damaged_images_stop_the_run(class_folder, tmp_path, name):
 def test_data_that_is_no_task(tmp_path, classes, message):
     make_class_folder(tmp_path / "data", classes)
     with pytest.raises(am.UserError, match=message):
-        am.train(tiny_config(str(tmp_path / "data"), tmp_path / "run"), quiet=True)
+        tiny_run(tmp_path / "data", tmp_path / "run")
 
 
 def test_augmentation_makes_the_models_size(class_folder):
@@ -125,14 +123,13 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     splits = open_splits(str(data))
     found = find_duplicates(splits, num_workers=0)
     drops.write_text(exclude_list(found.splits, duplicates_to_exclude(found), "data"))
-    config = tiny_config(str(data), tmp_path / "run", data__exclude=str(drops))
-    run = am.train(config, quiet=True).run_folder
+    run = tiny_run(data, tmp_path / "run", data__exclude=str(drops)).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said
     assert "left out 3 images by" in said
     draw(77).save(data / "train" / "a" / "new.png")
     with pytest.raises(am.UserError, match=r"its train has 13 images[\s\S]*has 14"):
-        am.train(tiny_config(str(data), tmp_path / "other", data__exclude=str(drops)), quiet=True)
+        tiny_run(data, tmp_path / "other", data__exclude=str(drops))
     assert not (tmp_path / "other").exists()
 
 
@@ -149,9 +146,9 @@ def test_names_that_figures_and_files_cannot_hold(tmp_path):
     """Formulas for matplotlib, and bytes that are no text."""
     data = tmp_path / os.fsdecode(b"ro\xffot")
     make_class_folder(data, {"a$_x_$": 4, r"b$\frac$": 4})
-    result = am.train(tiny_config(str(data), tmp_path / "run"), quiet=True)
+    result = tiny_run(data, tmp_path / "run")
     assert (result.run_folder / "plots" / "confusion.png").exists()
     assert (result.run_folder / "best" / "README.md").read_text(encoding="utf-8")
     make_class_folder(data, {os.fsdecode(b"c\xff"): 4})
     with pytest.raises(am.UserError, match="the name of a class is not valid text"):
-        am.train(tiny_config(str(data), tmp_path / "other"), quiet=True)
+        tiny_run(data, tmp_path / "other")

@@ -1,7 +1,5 @@
 """The model that a run begins with: new, or from trained weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path
@@ -12,7 +10,7 @@ from torch import Tensor
 
 import allmlp as am
 from allmlp.training.model import build_model
-from conftest import tiny_config, tiny_model
+from conftest import best_of, tiny_config, tiny_model
 from runs import train
 from staged_models import SMALL_CYCLE
 from studies import six_steps
@@ -149,8 +147,7 @@ def test_a_run_outlives_the_weights_that_it_began_with(class_folder, tmp_path, c
     out, err = capsys.readouterr()
     assert "resumed  after step 5 of 6" in out
     assert err == ""  # nothing is grown a second time
-    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]
-    assert weights[0] == weights[1]
+    assert best_of(whole) == best_of(again)
 
 
 def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
@@ -169,5 +166,4 @@ def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights(
         shutil.rmtree(folder)
     again = am.resume(tmp_path / "run", quiet=True).run_folder
     assert "resumed  from the beginning" in (again / "log.txt").read_text()
-    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (whole, again)]
-    assert weights[0] == weights[1]
+    assert best_of(whole) == best_of(again)

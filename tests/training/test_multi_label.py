@@ -1,7 +1,5 @@
 """Multi-label data: metrics against scikit-learn, training, prediction, and what is refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -15,7 +13,7 @@ import allmlp as am
 from allmlp.decision import Decision
 from allmlp.evaluation.metrics import Evaluation, average_precision
 from allmlp.training.run_folder import config_of
-from conftest import mixer, tiny_model
+from conftest import TINY, mixer, tiny_model, tiny_run, user_error
 
 COLORS = {"red": 0, "green": 1, "blue": 2}
 
@@ -30,14 +28,14 @@ def make_set(folder: Path, number: int = 120, seed: int = 0) -> Path:
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{at}.png")
         lines.append(f"{at}.png,{'|'.join(name for name, on in COLORS.items() if hot[on])}")
     path = folder / "list.csv"
-    path.write_text("\n".join(lines).replace(",\n", ",\n") + "\n")
+    path.write_text("\n".join(lines) + "\n")
     assert any(line.count("|") for line in lines)
     return path
 
 
 def of(labels: np.ndarray, logits: np.ndarray, **decision: object) -> Evaluation:
     names = [f"c{number}" for number in range(labels.shape[1])]
-    how = Decision(labels="multi", **decision)  # pyright: ignore[reportArgumentType]
+    how = Decision(labels="multi", **decision)
     return Evaluation("x", names, labels, np.arange(len(labels)), logits, decision=how)
 
 
@@ -73,27 +71,9 @@ def test_metrics_are_scikit_learns(seed: int):
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("multi")
     data = make_set(folder)
-    config = am.recipe("scratch").with_values(
-        {
-            "data.source": str(data),
-            "data.holdout": 0.3,
-            "model.image_size": 8,
-            "model.overrides": {
-                "patch_size": 4,
-                "hidden_dim": 16,
-                "num_blocks": 1,
-                "tokens_mlp_dim": 8,
-                "channels_mlp_dim": 32,
-            },
-            "augment.crop": "none",
-            "optimizer.learning_rate": 0.02,
-            "epochs": 20,
-            "evaluate_every": 5,
-            "batch_size": 16,
-            "output": str(folder / "run"),
-        }
-    )
-    am.train(config, quiet=True)
+    changes = {"data__holdout": 0.3, "model__overrides": {**TINY, "num_blocks": 1}}
+    changes |= {"augment__crop": "none", "optimizer__learning_rate": 0.02, "epochs": 20}
+    tiny_run(data, folder / "run", batch_size=16, evaluate_every=5, **changes)
     return folder / "run", data
 
 
@@ -126,7 +106,6 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
     settings = {"output": str(tmp_path / "probe"), "model.train_only": "probe"}
     config = am.finetune_config(str(run[0]), f"{run[1]}", settings)
     probe = am.train(config.with_value("data.holdout", 0.3), quiet=True)
-    assert probe.validation is not None
     assert (probe.validation.mean_average_precision or 0) > 0.99
     assert probe.validation.decision.labels == "multi"
     own = {"epochs": 6, "best_by": "top1", "output": str(tmp_path / "folds"), "data.holdout": None}
@@ -145,23 +124,14 @@ def test_probe_folds_and_weights(run: tuple[Path, Path], tmp_path: Path):
     for one in ({}, {"data.balance": "none", "output": str(tmp_path / "none")}):
         config = config_of(run[0]).with_values({**weights, **one})
         result = am.train(config, quiet=True).validation
-        assert result is not None
         rare.append(result.probabilities[:, result.labels.sum(axis=0).argmin()].mean())
     assert rare[0] > rare[1] + 0.02
 
 
 def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_path: Path):
-    config = am.recipe("finetune").with_values(
-        {
-            "model.weights": str(run[0]),
-            "data.source": str(run[1]),
-            "optimizer.warmup": 0.1,
-            "epochs": 2,
-            "batch_size": 32,
-            "augment.crop": "none",
-            "output": str(tmp_path / "study"),
-        }
-    )
+    changes = {"model.weights": str(run[0]), "data.source": str(run[1]), "epochs": 2}
+    changes |= {"optimizer.warmup": 0.1, "batch_size": 32, "augment.crop": "none"}
+    config = am.recipe("finetune").with_values({**changes, "output": str(tmp_path / "study")})
     result = am.finetune(config, grid=[0.01, 0.001], quiet=True)
     assert result.best_by == "mean_average_precision"
     assert result.grid[result.learning_rate] == max(filter(None, result.grid.values()))
@@ -169,9 +139,7 @@ def test_a_study_chooses_by_mean_average_precision(run: tuple[Path, Path], tmp_p
     assert result.mean > 0.9
 
 
-def test_predictions_are_the_classes_that_reach_their_threshold(
-    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_predictions_are_the_classes_that_reach_their_threshold(run, tmp_path, capsys):
     folder, data = run
     result = am.evaluate(str(folder), f"{data}:train[:20]")
     rows = am.predict(folder, f"{data}:train[:20]")
@@ -194,9 +162,8 @@ def test_predictions_are_the_classes_that_reach_their_threshold(
 )
 def test_what_cannot_be_is_said(run: tuple[Path, Path], tmp_path: Path, changes, code: str):
     config = config_of(run[0]).with_values({"output": str(tmp_path / "x"), **changes})
-    with pytest.raises(am.UserError) as error:
+    with user_error(code):
         am.train(config, quiet=True)
-    assert error.value.code == code
     assert not (tmp_path / "x").exists()
 
 
@@ -212,7 +179,6 @@ def test_validation_images_without_a_label(run: tuple[Path, Path], tmp_path: Pat
         am.train(config, quiet=True)
     assert (error.value.code, "micro_f1" in str(error.value.fix)) == ("not-applicable", True)
     found = am.train(config.with_value("best_by", "micro_f1"), quiet=True).validation
-    assert found is not None
     assert found.mean_average_precision is None
 
 
@@ -235,9 +201,8 @@ def test_a_fold_without_a_label(run: tuple[Path, Path], tmp_path: Path):
 def test_a_model_of_one_label_refuses_several(run: tuple[Path, Path]):
     model = am.load_model(run[0], quiet=True)
     model.decision = Decision()
-    with pytest.raises(am.UserError) as error:
+    with user_error("multi-label"):
         am.evaluate(model, str(run[1]))
-    assert error.value.code == "multi-label"
 
 
 def test_wrong_labels_come_first(tmp_path: Path):

@@ -1,7 +1,5 @@
 """The recipes: against the paper's tables, typed here once more, and against what documents say."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -12,19 +10,8 @@ import torch
 
 import allmlp as am
 from allmlp.models.catalog import model_config
-from allmlp.training.config import (
-    AdamW,
-    InceptionCrop,
-    Linear,
-    Sigmoid,
-)
-from allmlp.training.recipes import (
-    FINETUNING,
-    HOLDOUTS,
-    LEARNING_RATES,
-    RECIPES,
-    finetune_for,
-)
+from allmlp.training.config import AdamW, InceptionCrop, Linear, Sigmoid
+from allmlp.training.recipes import FINETUNING, HOLDOUTS, LEARNING_RATES, RECIPES, finetune_for
 from conftest import ROOT
 
 # Table 4 of the paper, and Google's biases of the head.

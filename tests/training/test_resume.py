@@ -1,7 +1,5 @@
 """A stopped run resumes as if it had never stopped: fault test 9, and when it must not."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
@@ -16,15 +14,12 @@ import allmlp as am
 from allmlp.io import partial_path
 from allmlp.training import state, step
 from allmlp.training import train as loop
-from conftest import NO_PROCESS, draw, mixer, tiny_config
+from conftest import NO_PROCESS, digest, draw, files, make_data, mixer, tiny_run
 from runs import (
     DROPOUT,
     before_step,
     check_same,
-    digest,
-    files,
     losses_of,
-    make_data,
     results_of,
     run_config,
     steps_of,
@@ -44,11 +39,6 @@ CASES = {
     "balanced by weights": {**DROPOUT, "data__balance": "weights"},
     "adamw, sharpness, no average": {**DROPOUT, **SHARPNESS, "optimizer__ema_decay": 0.0},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("resume") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +152,7 @@ def test_the_parts_of_a_step_stay_and_can_be_changed(data: Path, tmp_path: Path,
 
     def noting(self: step.Updater, *arguments: object) -> object:
         parts.append(self.micro_batch_size)
-        return update(self, *arguments)  # pyright: ignore[reportArgumentType]
+        return update(self, *arguments)
 
     monkeypatch.setattr(step.Updater, "__call__", noting)
     monkeypatch.setattr(step.Updater, "_fitting", lambda *_: 5)
@@ -307,7 +297,7 @@ def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_pat
 
 
 def test_a_run_without_its_checkpoints_is_not_trained_again(class_folder, tmp_path):
-    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+    run = tiny_run(class_folder, tmp_path / "run")
     shutil.rmtree(run.run_folder / "checkpoints")
     before = (run.run_folder / "best" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(am.UserError, match="without checkpoints"):

@@ -1,7 +1,5 @@
 """What a run writes, and what it takes back when it resumes from an earlier step."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import json
@@ -68,9 +66,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
-def test_damaged_logs_do_not_stop_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-):
+def test_damaged_logs_do_not_stop_a_run(tmp_path, monkeypatch, damage):
     """A log is not the state: what can be read of it is kept."""
     monkeypatch.setattr(plots, "curves", REAL["curves"])
     run = RunFolder(tmp_path / "run", config(tmp_path / "run"))

@@ -1,7 +1,5 @@
 """A step on a GPU waits for no result but that of the step before; on a CPU, with the same code."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

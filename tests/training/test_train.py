@@ -1,7 +1,5 @@
 """A run from its config to its folder: what it writes, that it repeats, and how it stops."""
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +11,7 @@ from PIL import Image
 
 import allmlp as am
 from allmlp.training import train as loop
-from conftest import tiny_config
+from conftest import best_of, tiny_config, tiny_run
 from runs import steps_of
 
 PLOTS = [*("confusion", "curves", "predictions", "reliability", "train_batch", "worst_mistakes")]
@@ -22,23 +20,11 @@ PLOTS = [*("confusion", "curves", "predictions", "reliability", "train_batch", "
 def test_the_run_folder(trained: am.TrainResult):
     run = trained.run_folder
     assert sorted(path.name for path in run.iterdir()) == [
-        "best",
-        "checkpoints",
-        "config.json",
-        "environment.json",
-        "log.txt",
-        "metrics.jsonl",
-        "plots",
-        "report.html",
-        "results.csv",
-        "test",
-        "training_images.txt",
+        *("best", "checkpoints", "config.json", "environment.json", "log.txt", "metrics.jsonl"),
+        *("plots", "report.html", "results.csv", "test", "training_images.txt"),
     ]
-    assert sorted(path.name for path in (run / "best").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    best = sorted(path.name for path in (run / "best").iterdir())
+    assert best == ["README.md", "config.json", "model.safetensors"]
     config = am.TrainConfig.from_json(json.loads((run / "config.json").read_text()))
     assert (config.recipe, config.epochs) == ("digits", 3)
     environment = json.loads((run / "environment.json").read_text())
@@ -52,7 +38,7 @@ def test_the_run_folder(trained: am.TrainResult):
 
 @pytest.mark.slow
 def test_its_plots(real_figures: None, class_folder: Path, tmp_path: Path):
-    run = am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True).run_folder
+    run = tiny_run(class_folder, tmp_path / "run").run_folder
     for name in PLOTS:
         pixels = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
         assert pixels.std() > 5, name
@@ -74,11 +60,8 @@ def test_the_same_seed_gives_the_same_bits(class_folder: Path, tmp_path: Path):
     keep = ("step", "loss", "learning_rate", "gradient_norm")
     losses = [[[step[key] for key in keep] for step in steps_of(run)] for run in runs]
     assert losses[0] == losses[1] == losses[2]
-    weights = [(run / "best" / "model.safetensors").read_bytes() for run in runs]
-    assert weights[0] == weights[1] == weights[2]
-    other = am.train(
-        tiny_config(str(class_folder), tmp_path / "other", seed=1, **changes), quiet=True
-    )
+    assert best_of(runs[0]) == best_of(runs[1]) == best_of(runs[2])
+    other = tiny_run(class_folder, tmp_path / "other", seed=1, **changes)
     assert [step["loss"] for step in steps_of(other.run_folder)] != [row[1] for row in losses[0]]
 
 
@@ -105,7 +88,7 @@ def test_a_diverged_model_is_never_best(class_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "measure", diverged)
     with pytest.raises(am.UserError, match="the validation loss is nan"):
-        am.train(tiny_config(str(class_folder), tmp_path / "run"), quiet=True)
+        tiny_run(class_folder, tmp_path / "run")
     assert not (tmp_path / "run" / "best").exists()
 
 
@@ -119,8 +102,8 @@ def test_a_run_never_writes_over_another(class_folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(am.UserError, match="exists and is not empty"):
-        am.train(tiny_config(str(class_folder), tmp_path / "full"), quiet=True)
+        tiny_run(class_folder, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(am.UserError, match="the run folder is a file"):
-        am.train(tiny_config(str(class_folder), tmp_path / "file"), quiet=True)
+        tiny_run(class_folder, tmp_path / "file")

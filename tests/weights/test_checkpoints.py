@@ -1,7 +1,5 @@
 """The list of published checkpoints, and loading by their names from a server of our own."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections import Counter
@@ -72,9 +70,7 @@ def test_unknown_names(name: str, message: str):
         am.load_model(name)
 
 
-def test_loading_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_loading_by_name(tmp_path, monkeypatch, capsys):
     """A small model in the place of mixer_s32.gsam, its Google file on a server of our own."""
     model = tiny_model(num_classes=1000).eval()
     path = am.save_model(model, tmp_path / "Mixer-S_32.npz", format="google")

@@ -1,7 +1,5 @@
 """Downloads from a server that hangs up, changes, lies or is not there."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time
@@ -121,9 +119,7 @@ def test_a_later_change_on_the_server_or_the_disk_is_noticed(tmp_path: Path):
         assert names(tmp_path) == ["file.sha256"]
 
 
-def test_a_server_or_network_that_fails_is_one_message_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_server_or_network_that_fails_is_one_message_at_once(tmp_path, monkeypatch):
     known, path = published("http://127.0.0.1:9/file"), tmp_path / "file"
     started = time.monotonic()
     error = failed(known, path)

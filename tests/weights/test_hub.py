@@ -1,7 +1,5 @@
 """hf:owner/name against a hub of our own on loopback, and without a network."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

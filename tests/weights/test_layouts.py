@@ -1,8 +1,6 @@
 """The files of Google, timm, and CycleMLP's and Vision Permutator's authors: the same bits in and
 out, and what they do not say."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil
@@ -149,7 +147,6 @@ def test_timms_other_families(tmp_path: Path, family: str):
     assert (logits - golden["logits"]).abs().max() <= 1e-5
     assert (model.features(images) - golden["features"]).abs().max() <= 1e-5
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2, 1])).backward()
-    assert images.grad is not None
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     names = family_of(model.config).names[0]
     gradients = {
@@ -178,7 +175,6 @@ def test_files_of_resmlps_authors(tmp_path: Path):
     loaded = am.load_model(tmp_path / "resmlp.pth", quiet=True)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images), model(images))
-    assert loaded.preprocessing is not None
     assert loaded.preprocessing.interpolation == "bicubic"
     bare = tmp_path / "bare.pth"
     torch.save(model.state_dict(), bare)
@@ -278,7 +274,6 @@ def test_rectangles_are_as_timm_says(tmp_path: Path, size: tuple[int, int], chan
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": settings}))
     loaded = am.load_model(tmp_path)
     assert loaded.config.image_size == size
-    assert loaded.preprocessing is not None
     assert np.mean(loaded.preprocessing.mean) == pytest.approx(0.6)
 
 

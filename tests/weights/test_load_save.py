@@ -1,8 +1,5 @@
 """Models to and from files: the same bits back, and one clear error for everything else."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import allmlp as am
 from allmlp import io
 from allmlp.models.layers import classes_of, preprocessing_of
 from allmlp.weights.description import WEIGHTS
-from conftest import draw, mixer, tiny_model
+from conftest import draw, mixer, tiny_model, user_error
 
 
 def saved(tmp_path: Path, **changes: object) -> tuple[am.ImageClassifier, Path]:
@@ -89,32 +86,9 @@ def test_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "8x8 -> 16x24 pixels: block-diagonal, 2x3 tiles" in capsys.readouterr().err
     for wrong in ("16", -8, (8, 8, 8), (8, 0), (8.0, 8), 11):
         with pytest.raises(am.UserError):
-            am.load_model(folder, image_size=wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(am.UserError) as caught:
-        am.load_model(folder, image_size=16, resize_weights="bigger")  # pyright: ignore
-    assert caught.value.code == "unknown-name"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"version": 99},
-        {"architecture": {"family": "mixer"}},
-        {"preprocessing": {"image_size": [8, 8], "resize": "zoom"}},
-        {"preprocessing": {"image_size": [8, 16]}},
-        {"class_names": ["ant", "bee"]},
-        {"decision": {"temperature": -1}},
-        {},
-    ],
-)
-def test_a_description_that_does_not_fit(tmp_path: Path, change: dict[str, Any]):
-    model, folder = saved(tmp_path)
-    described = {**json.loads((folder / "config.json").read_text()), **change}
-    (folder / "config.json").write_text(json.dumps(described) if change else "{")
-    save_file(dict(model.state_dict()), folder / WEIGHTS)
-    with pytest.raises(am.UserError) as caught:
-        am.load_model(folder)
-    assert str(folder) in str(caught.value.where)
+            am.load_model(folder, image_size=wrong)
+    with user_error("unknown-name"):
+        am.load_model(folder, image_size=16, resize_weights="bigger")
 
 
 def test_names_and_places_that_cannot_be(tmp_path: Path):
@@ -239,9 +213,7 @@ def test_a_save_killed_between_its_renames_is_seen(tmp_path: Path):
     assert_same_model(am.load_model(folder), second)
 
 
-def test_foreign_weights_take_class_names_mean_and_std(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_foreign_weights_take_class_names_mean_and_std(tmp_path, capsys):
     foreign = tmp_path / "foreign.safetensors"
     save_file(dict(tiny_model(num_classes=3).state_dict()), foreign)
     (tmp_path / "names.txt").write_text("ant\nbee \ncat\n")

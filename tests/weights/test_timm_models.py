@@ -1,8 +1,6 @@
 """Models of timm in our frame: built, loaded, resized, saved; with a stand-in for timm, and with
 timm itself where it is installed."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -19,8 +17,9 @@ import fake_timm
 from allmlp.models.catalog import config_from_json, config_to_json
 from allmlp.models.timm_model import TimmConfig, TimmModel
 from allmlp.training import train as loop
-from allmlp.training.train import resume
 from allmlp.weights import timm_weights
+from conftest import tiny_config
+from runs import before_step
 
 
 @pytest.fixture(autouse=True)
@@ -133,11 +132,9 @@ def test_logits_are_timms(fetched: list[str], name: str):
 
 def test_class_names_and_preprocessing():
     model = am.load_model("timm:fake_cnn.first", quiet=True)
-    assert model.class_names is not None
     assert model.class_names[0] == "n01440764 tench"
     assert am.load_model("timm:fake_bit.i21k", quiet=True).class_names is None
     found = model.preprocessing
-    assert found is not None
     assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
     assert (found.crop, found.interpolation, found.resize) == (0.9, "bicubic", "resmall-crop")
 
@@ -227,9 +224,7 @@ def test_the_page_names_the_comparison_systems():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "parameters", "pixels"), SYSTEMS)
-def test_the_papers_comparison_systems(
-    real_timm: Any, monkeypatch: Any, name: str, parameters: str, pixels: str
-):
+def test_the_papers_comparison_systems(real_timm, monkeypatch, name, parameters, pixels):
     monkeypatch.setitem(sys.modules, "timm", real_timm)
     with torch.device("meta"):
         model = am.create_model(f"timm:{name}")
@@ -237,44 +232,27 @@ def test_the_papers_comparison_systems(
     assert model.config.image_size == (int(pixels), int(pixels))
 
 
-# --- training: batch normalisation has running means ----------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_resumes_with_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def config(output: str) -> am.TrainConfig:
-        values: dict[str, object] = {
-            "data.source": "digits",
-            "data.num_workers": 0,
-            "data.holdout": 0.0,
-            "model.name": "timm:fake_cnn",
-            "model.overrides": {},
-            "model.image_size": 16,
-            "optimizer.warmup": 0,
-            "optimizer.average": 0.5,
-            "steps": 6,
-            "epochs": None,
-            "evaluate_every": 3,
-            "checkpoint_every": 3,
-            "batch_size": 8,
-            "device": "cpu",
-        }
-        return am.recipe("scratch").with_values({**values, "output": str(tmp_path / output)})
+    changes = {"model__overrides": {}, "model__name": "timm:fake_cnn", "model__image_size": 16}
+    changes |= {"data__holdout": 0.0, "optimizer__warmup": 0, "optimizer__average": 0.5}
+    whole, stopped = (
+        tiny_config("digits", tmp_path / name, checkpoint_every=3, **changes).with_values(
+            {"steps": 6, "evaluate_every": 3}
+        )
+        for name in ("whole", "stopped")
+    )
+    am.train(whole, quiet=True)
 
-    am.train(config("whole"), quiet=True)
-    train_step = loop.Trainer.train_step
+    def kill(trainer: loop.Trainer) -> None:
+        trainer.state.checkpoints.wait()
+        raise KeyboardInterrupt
 
-    def killed(self: loop.Trainer, step: int, batch: Any) -> None:
-        if step == 5:
-            self.state.checkpoints.wait()
-            raise KeyboardInterrupt
-        train_step(self, step, batch)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        am.train(config("stopped"), quiet=True)
-    monkeypatch.setattr(loop.Trainer, "train_step", train_step)
-    resume(tmp_path / "stopped", quiet=True)
+    with monkeypatch.context() as patch:
+        before_step(patch, 5, kill)
+        with pytest.raises(KeyboardInterrupt):
+            am.train(stopped, quiet=True)
+    am.resume(tmp_path / "stopped", quiet=True)
     expected, found = (
         safetensors.torch.load_file(tmp_path / run / "best" / "model.safetensors")
         for run in ("whole", "stopped")
