@@ -7,11 +7,8 @@ import pytest
 
 import allmlp as am
 from allmlp.data.image import HAS_HEIC, SUFFIXES
-from allmlp.data.source import subset
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.errors import UserError
-from allmlp.training.config import DataSettings
-from allmlp.training.dataset import open_folds, split_data
 from conftest import draw, encode, make_class_folder, mixer, tiny_model
 
 
@@ -102,27 +99,6 @@ def test_hidden_files_and_links_deep_inside(tmp_path: Path):
     of_a = ["a/0.png", "a/b/0.png", "a/z/0.png", "a/z/more/1.png"]
     assert found == [*of_a, "a.b/0.png", "linked/0.png"]
     assert source.labels.tolist() == [0, 0, 0, 0, 1, 2]
-
-
-def test_links_are_counted_and_never_on_both_sides(tmp_path: Path):
-    folder = tmp_path / "data" / "train"
-    make_class_folder(folder, {"ant": 20, "bee": 20})
-    for at in range(20):
-        (folder / "ant" / f"link{at}.png").symlink_to(folder / "ant" / f"{at}.png")
-    (folder / "bug").symlink_to(folder / "bee")
-    settings = DataSettings(source=str(folder.parent), holdout=0.3)
-    splits = split_data(settings)
-    assert splits.validation is not None
-    assert (len(splits.train), len(splits.validation)) == (56, 24)
-    assert any("40 images there twice by links" in line for line in splits.notes)
-    source, dealt, _ = open_folds(settings, 4)
-    folds = [subset(source, np.flatnonzero(dealt == fold), "") for fold in range(4)]
-    for parts in ([splits.train, splits.validation], folds):
-        files = [{Path(part.item_name(at)).resolve() for at in range(len(part))} for part in parts]
-        assert sum(map(len, files)) == 40
-    (folder.parent / "val").symlink_to(folder)
-    with pytest.raises(am.UserError, match="two splits"):
-        split_data(settings)
 
 
 @pytest.mark.parametrize(

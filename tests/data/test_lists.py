@@ -7,8 +7,6 @@ import pytest
 
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.errors import UserError
-from allmlp.training.config import DataSettings
-from allmlp.training.dataset import open_folds, split_data
 from conftest import make_class_folder
 
 
@@ -216,25 +214,6 @@ def test_one_image_in_two_splits_or_with_two_labels(images: Path, other: str):
             assert refused.value.where == f"{name}, line 5"
             assert all(name in refused.value.what for name in shown)
         assert len(open_source(f"{name}:train", labels="any")) >= 2  # nobody asks for labels
-
-
-def test_an_image_in_two_rows_is_on_one_side(images: Path):
-    rows = [f"{name}/{at}.png,{name}" for name in "ab" for at in range(2)]
-    settings = DataSettings(source=write(images, "\n".join(["path,label", *rows, *rows])))
-    splits = split_data(settings)
-    assert splits.validation is not None
-    sides = [
-        {part.item_name(at) for at in range(len(part))}
-        for part in (splits.train, splits.validation)
-    ]
-    assert [len(splits.train), len(splits.validation), *map(len, sides)] == [4, 4, 2, 2]
-    source, dealt, _ = open_folds(settings, 2)
-    assert {(source.item_name(at), dealt[at]) for at in range(4)} == {
-        (source.item_name(at), dealt[at]) for at in range(4, 8)
-    }
-    folds = [f"{row},{at}" for at, row in enumerate([*rows, *rows])]
-    with pytest.raises(UserError, match="own folds 0 and 4"):
-        open_folds(DataSettings(source=write(images, "\n".join(["path,label,fold", *folds]))), 8)
 
 
 def test_columns_that_look_like_splits_or_groups_are_named(images: Path):

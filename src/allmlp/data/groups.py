@@ -1,7 +1,4 @@
-"""Holdouts and folds: classes spread evenly, and groups of images (SOURCE#group=COLUMN) whole.
-
-A file that is there several times is dealt once, and its other images go where the first goes.
-"""
+"""Holdouts and folds: classes spread evenly, and groups of images (SOURCE#group=COLUMN) whole."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from allmlp.data.classes import natural_order
-from allmlp.data.source import FILE, FOLD, GROUP, Source, subset, values_of
+from allmlp.data.source import FOLD, GROUP, Source, subset, values_of
 from allmlp.errors import UserError, plural
 
 _TRIES = 20  # random orders of the groups
@@ -19,23 +16,6 @@ _TRIES = 20  # random orders of the groups
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
     """Returns the indices (kept, held out) by whole groups, and how many groups were held out."""
-    files, place = _without_repeats(source)
-    _, chosen, text = _hold_out(files, fraction, seed)
-    is_held_out = np.isin(place, chosen)
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), text
-
-
-def _without_repeats(source: Source) -> tuple[Source, np.ndarray]:
-    """Returns the first image of each file, and for every image its file's place among these."""
-    names = values_of(source, FILE)
-    if names is None:
-        return source, np.arange(len(source))
-    place = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    places = np.array([place[name] for name in names])
-    return subset(source, np.unique(places, return_index=True)[1], source.name), places
-
-
-def _hold_out(source: Source, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
     texts = values_of(source, GROUP)
     if texts is None:
         return *split_by_class(source.labels, fraction, seed), ""
@@ -81,17 +61,6 @@ def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.nda
 
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
     """Returns the fold of every image, int64 (n,), and how they were chosen, as text."""
-    files, place = _without_repeats(source)
-    own, first = (values_of(part, FOLD) or [] for part in (source, files))
-    for at, value in enumerate(own):
-        if value != first[place[at]]:
-            what = f"one file is in the data's own folds {first[place[at]]} and {value}"
-            raise UserError(what, where=source.item_name(at), fix="Keep one of the two")
-    folds, text = _deal_folds(files, number, seed)
-    return folds[place], text
-
-
-def _deal_folds(source: Source, number: int, seed: int) -> tuple[np.ndarray, str]:
     texts, own, text = values_of(source, GROUP), values_of(source, FOLD), "classes spread evenly"
     names, groups = ([], np.arange(len(source))) if texts is None else _numbered(texts)
     if own is not None:

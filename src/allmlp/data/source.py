@@ -20,9 +20,7 @@ from allmlp.data.image import EncodedImage
 from allmlp.errors import UserError
 
 MARK = "|"  # between several labels of an image
-# Roles of columns, which `values_of` takes as their names. FILE: which file an image is, where some
-# files are listed twice.
-GROUP, FOLD, FILE = "group", "fold", "file"
+GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as their names
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def values_of(images: Images, column: str) -> list[Any] | None:
         found = [values_of(part, column) for part in images.parts]
         return None if None in found else [value for values in found for value in values or ()]
     own = getattr(images, "values_of", None)
-    return None if own is None or column in (GROUP, FOLD, FILE) else own(column)
+    return None if own is None or column in (GROUP, FOLD) else own(column)
 
 
 ROW = "<f4"  # how the numbers of a row of an array are encoded

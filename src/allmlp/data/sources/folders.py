@@ -7,7 +7,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
-from allmlp.data.source import FILE, GROUP, ImageFiles, Images, PackedStrings, Source
+from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, Source
 from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
 from allmlp.errors import UserError, plural, some_of
 from allmlp.names import extra
@@ -58,9 +57,8 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
             _check_class_folders(path, spec.options.get(GROUP))
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
-    group, links = spec.options.get(GROUP), list[str]()
-    found = {split: _class_folder(path, notes, group, links) for split, path in splits.items()}
-    return _with_files(found) if labels and links else found
+    group = spec.options.get(GROUP)
+    return {split: _class_folder(path, notes, group) for split, path in splits.items()}
 
 
 def scan_images(
@@ -68,21 +66,18 @@ def scan_images(
     inside: str = "",
     passed_over: Counter[str] | None = None,
     above: tuple[str, ...] = (),
-    links: list[str] | None = None,
 ) -> Iterator[str]:
     """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
 
-    Links are followed, except to one of the folders `above`, and noted in `links`.
+    Links are followed, except to one of the folders `above`.
     """
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
         return
-    for name, is_folder, is_link in _entries(os.path.join(folder, inside)):
+    for name, is_folder in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
-        if is_link and links is not None:
-            links.append(path)
         if is_folder:
-            yield from scan_images(folder, path, passed_over, (*above, here), links)
+            yield from scan_images(folder, path, passed_over, (*above, here))
         elif suffix in SUFFIXES:
             yield path
         elif passed_over is not None:  # ".jpg_large" looks like an image, too
@@ -115,16 +110,16 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
     return UserError(f"{what} has no images{there}", where=folder.absolute(), fix=fix)
 
 
-def _entries(folder: str) -> list[tuple[str, bool, bool]]:
-    """The visible names in a folder, sorted, with whether each is a folder, and whether a link."""
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """The visible names in a folder, sorted, with whether each is a folder."""
     inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
         inside = archive.entries(folder)
     if inside is not None:
-        found = [(name, is_folder, False) for name, is_folder in inside.items()]
+        found = [*inside.items()]
     else:
         with os.scandir(folder) as entries:
-            found = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
+            found = [(entry.name, _is_folder(entry)) for entry in entries]
     return sorted(e for e in found if e[0][0] != "." and e[0].casefold() not in _SYSTEM)
 
 
@@ -136,21 +131,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def loose_image(folder: Path) -> str | None:
-    files = (name for name, is_folder, _ in _entries(str(folder)) if not is_folder)
+    files = (name for name, is_folder in _entries(str(folder)) if not is_folder)
     return next((name for name in files if name.lower().endswith(SUFFIXES)), None)
 
 
 def subfolders(folder: Path) -> list[str]:
     """Returns the names of a folder's visible subfolders in natural order."""
-    names = (name for name, is_folder, _ in _entries(str(folder)) if is_folder)
+    names = (name for name, is_folder in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
 
-def _class_folder(
-    folder: Path, notes: tuple[str, ...], group: str | None, links: list[str]
-) -> Records:
+def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Records:
     classes = subfolders(folder)
-    links += [str(path) for path in (folder, *map(folder.joinpath, classes)) if path.is_symlink()]
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
     counts, passed_over = array("q"), Counter[str]()
@@ -158,7 +150,7 @@ def _class_folder(
     def paths() -> Iterator[str]:
         for name in classes:
             counts.append(0)
-            for path in scan_images(str(folder / name), passed_over=passed_over, links=links):
+            for path in scan_images(str(folder / name), passed_over=passed_over):
                 counts[-1] += 1
                 yield os.path.join(name, path)
             if counts[-1] == 0:
@@ -173,38 +165,6 @@ def _class_folder(
     labels = np.repeat(np.arange(len(classes)), counts)
     raw = RawLabels(labels, [name.strip() or name for name in classes], are_classes=True)
     return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
-
-
-def _with_files(splits: dict[str, Records]) -> dict[str, Records]:
-    """Notes files that are there twice by links; UserError if one is in train and another split."""
-    seen: dict[str, tuple[str, str]] = {}  # file -> split and name of its first image
-    found: dict[str, Records] = {}
-    for split, records in splits.items():
-        names = [records.images.item_name(at) for at in range(len(records.images))]
-        files = [*map(_file_of, names)]
-        for name, file in zip(names, files, strict=True):
-            other, first = seen.setdefault(file, (split, name))
-            if other == "train" != split:
-                what = f"an image is in two splits: by a link it is the same file as {first}"
-                raise UserError(what, where=name, fix="Keep one of the two")
-        images, places, notes = records.images, np.arange(len(files)), records.notes
-        if not isinstance(images, Source):
-            images = Source("", [], places, images, places)
-        images = replace(images, columns={**images.columns, FILE: PackedStrings(files)})
-        twice = len(files) - len({*files})
-        if twice:
-            what = f"{plural(twice, 'image')} there twice by links: both are counted, and holdouts"
-            notes = (*notes, f"{what} and folds keep them together")
-        found[split] = replace(records, images=images, notes=notes)
-    return found
-
-
-def _file_of(path: str) -> str:
-    try:
-        found = os.stat(path)
-    except OSError:  # reported as a bad image
-        return path
-    return f"{found.st_dev} {found.st_ino}"
 
 
 def _group_of(path: str, group: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import TextIO
 import numpy as np
 
 from allmlp.data.classes import numbered
-from allmlp.data.source import FILE, GROUP, ImageFiles, PackedStrings, Source
+from allmlp.data.source import GROUP, ImageFiles, PackedStrings, Source
 from allmlp.data.source_spec import LABEL_OPTIONS, Kind, Records, SourceSpec
 from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
 from allmlp.errors import UserError, plural
@@ -62,15 +62,12 @@ def open_list(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     )
     found = open_rows(spec, rows, labels)
     if labels:
-        repeated, first = _check_repeats(found, paths, path.parent, where)
-        files = PackedStrings(map(str, first)) if repeated else None
-        for split, records in found.items() if files else ():
-            assert isinstance(records.images, Source)
-            own = replace(records.images, columns={**records.images.columns, FILE: files})
-            found[split] = replace(records, images=own)
-            if split in repeated:
-                note = f"an image is there twice in {plural(repeated[split], 'row')} of {path.name}"
-                found[split] = replace(found[split], notes=(*records.notes, note))
+        for split, number in _check_repeats(found, paths, path.parent, where).items():
+            if GROUP in spec.options:  # which may keep them together
+                continue
+            note = f"an image is there twice in {plural(number, 'row')} of {path.name}: holdouts "
+            note += "and folds may have it on both sides"
+            found[split] = replace(found[split], notes=(*found[split].notes, note))
     return found
 
 
@@ -90,10 +87,9 @@ def _paths(cells: list[object], folder: Path, where: Callable[[int], str]) -> It
 
 def _check_repeats(
     splits: dict[str, Records], paths: PackedStrings, folder: Path, where: Callable[[int], str]
-) -> tuple[Counter[str], np.ndarray]:
-    """Returns repeated rows by split, and for each row the first one of its image, int64 (n,);
-    UserError if an image is in two splits or has two labels."""
-    repeated, first = Counter[str](), np.arange(len(paths))
+) -> Counter[str]:
+    """Returns repeated rows by split; UserError if an image is in two splits or has two labels."""
+    repeated: Counter[str] = Counter()
     real_folder = functools.cache(lambda name: os.path.realpath(folder / name))
     seen: dict[int, tuple[int, str, str]] = {}  # hash of the path: first row, its split and label
     for split, records in splits.items():
@@ -107,7 +103,6 @@ def _check_repeats(
             own = row, split, labels[code]
             known = seen.setdefault(hash(real), own)
             repeated[split] += known[0] != row
-            first[row] = known[0]
             for at, what, fix in (
                 (1, "an image is in two splits", ""),
                 (2, "an image has two labels", ", or write them as one: cat|dog"),
@@ -118,7 +113,7 @@ def _check_repeats(
                     what += f" {other[at]!r}: {paths[row]!r}"
                     fix = f"Keep one of the two lines{fix}"
                     raise UserError(what, where=where(other[0]), fix=fix)
-    return +repeated, first
+    return +repeated
 
 
 def _open(path: Path) -> TextIO:
