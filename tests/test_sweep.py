@@ -1,6 +1,7 @@
 """The sweep engine: what makes a run another one, and where runs lie."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def test_other_weights_of_the_same_path_are_another_run(place, monkeypatch, is_f
     else:
         am.train(settings(place, "study/a"), quiet=True)
         assert "weights has changed since" in (place / "study" / "a" / "log.txt").read_text()
+
+
+def test_a_finished_run_outlives_its_first_weights(place):
+    first = run(place)
+    shutil.rmtree(place / "weights")
+    assert run(place) == first
 
 
 def test_groups_and_left_out_images_make_another_run(place, monkeypatch):

@@ -152,9 +152,19 @@ class Sweep:
         source = config.model.weights
         if source and source not in self._weights:
             self._weights[source] = self.world.broadcast_from_rank0(
-                lambda: weights_fingerprint(source, quiet=self.quiet)
+                lambda: self._fingerprint(source)
             )
         return self._weights[source] if source else None
+
+    def _fingerprint(self, source: str) -> str:
+        try:
+            return weights_fingerprint(source, quiet=self.quiet)
+        except UserError:  # they may be gone, and the runs that began with them finished
+            for file in self.path.rglob("environment.json"):
+                known = first_weights(file.parent)
+                if known and config_of(file.parent).model.weights == source:
+                    return known
+            raise
 
     def _read(self) -> dict[str, Row]:
         rows: dict[str, Row] = {}

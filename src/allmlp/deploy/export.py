@@ -49,6 +49,7 @@ from allmlp.names import import_extra
 from allmlp.options import make
 from allmlp.runtime.device import torch_settings
 from allmlp.training.own_images import open_measured
+from allmlp.weights.load import weights_fingerprint
 
 # Largest logit difference, relative to the largest logit, explained by rounding. int8 is judged by
 # accuracy.
@@ -225,6 +226,7 @@ def export(
     net = load_any(model, **options.loading)
     if not isinstance(net, ImageClassifier):
         raise UserError("this is an exported file already", where=net.source)
+    made_from = weights_fingerprint(str(model)) if isinstance(model, str | Path) else None
     if net.class_names:
         check_trained(net)
     if net is model:
@@ -243,7 +245,7 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(path) as folder, torch_settings(torch.device("cpu"), "float32", None):
         staged = folder / path.name
-        report = build(net, options, sources, staged, log)
+        report = build(net, options, sources, staged, log, made_from)
         if report.passed:
             _put_in_place(report, net, format, staged, path)
     return report
@@ -255,12 +257,14 @@ def build(
     sources: dict[str, Source],
     path: Path,
     log: Callable[[str], None],
+    made_from: str | None,
 ) -> ExportReport:
     """Writes the file to a path in the staging folder and compares it with the model."""
     output, format = expand(options.output), format_of(options.output)
     num_threads = torch.get_num_threads()
     data, calibration = sources.get("data"), sources.get("calibration")
     info = info_of(model, options.precision, uint8_input=options.uint8_input)
+    info = replace(info, weights=made_from)
     log("exporting")
     net, example = graph_module(model, uint8_input=info.uint8_input)
     original = None if data is None else _measure(model, data, options)

@@ -33,7 +33,6 @@ from allmlp.decision import Decision
 from allmlp.deploy.browser import CONTENT, MODEL, fetch_runtime, write_page
 from allmlp.deploy.onnx_graph import to_bfloat16, to_onnx, with_metadata
 from allmlp.errors import UserError, one_of
-from allmlp.evaluation.features import weights_hash
 from allmlp.io import expand, parse_json
 from allmlp.models.catalog import config_from_json, config_to_json
 from allmlp.models.family import ModelConfig
@@ -72,7 +71,7 @@ class ExportInfo:
     num_parameters: int
     float32_layers: tuple[str, ...] = ()  # in an int8 file
     decision: Decision = field(default_factory=Decision)
-    weights: str | None = None  # `weights_hash` of the model; None in files of older versions
+    weights: str | None = None  # `weights_fingerprint` of the files that it was made from, if any
 
     def inputs(self, images: Tensor) -> np.ndarray:
         """Converts uint8 images (N, channels, H, W) to graph inputs."""
@@ -87,7 +86,6 @@ def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> Exp
     return ExportInfo(
         *(config, model.class_names, how, uint8_input, precision, number),
         decision=model.decision,
-        weights=weights_hash(model),
     )
 
 

@@ -13,7 +13,6 @@ from allmlp.console import Reporter
 from allmlp.deploy.formats import open_exported
 from allmlp.deploy.options import PushOptions
 from allmlp.errors import UserError
-from allmlp.evaluation.features import weights_hash
 from allmlp.io import expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.names import HUB_NAME
@@ -21,7 +20,7 @@ from allmlp.options import make
 from allmlp.training.card import plain_card, published_card
 from allmlp.weights.description import CONFIG, WEIGHTS
 from allmlp.weights.download import HUB_PREFIX, can_reach_hub
-from allmlp.weights.load import load_model, locate, open_model
+from allmlp.weights.load import locate, open_model, weights_fingerprint
 from allmlp.weights.save import save_model
 
 CARD, EXPORT = "README.md", "model.onnx"
@@ -81,7 +80,7 @@ def push(
     net = open_model(model)
     exported = None if folder is None else folder / EXPORT
     if exported is not None and exported.is_file():
-        _check_made_from(exported, net)
+        _check_made_from(exported)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     if not can_reach_hub():
@@ -121,13 +120,11 @@ def push(
     return Pushed(page, done.oid, tuple(files), f"{HUB_PREFIX}{name}")
 
 
-def _check_made_from(exported: Path, model: ImageClassifier) -> None:
+def _check_made_from(exported: Path) -> None:
     """Raises UserError if the file was not exported from the present weights of its folder."""
-    info, folder = open_exported(exported, num_threads=1).info, exported.parent
-    if info.config.image_size != model.config.image_size:
-        model = load_model(folder, info.config.image_size, quiet=True)
-    is_same = info.weights == weights_hash(model) and info.decision == model.decision
-    if info.weights is None:  # by an older version
+    folder, made_from = exported.parent, open_exported(exported, num_threads=1).info.weights
+    is_same = made_from == weights_fingerprint(str(folder))
+    if made_from is None:  # by an older version, or from a model in memory
         weights, _ = locate(folder, Reporter(quiet=True))
         is_same = exported.stat().st_mtime >= weights.stat().st_mtime
     if not is_same:

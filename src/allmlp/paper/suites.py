@@ -550,17 +550,18 @@ def avg5(
     options = make(Avg5Options, options, fields)
     size = options.image_size or 224
     official = size if size in (224, 448, (224, 224), (448, 448)) else 224
+    # The paper crops small images, too.
+    crops = options.resize != "squash" and "data.resize" not in assigned(options.settings)
 
     def config(task: Task) -> TrainConfig:
         values: dict[str, Any] = {"model.image_size": official, "data.resize": options.resize}
-        if options.resize != "squash":  # the paper crops small images, too
-            values["data.crop"] = 0.875
+        values |= {"data.crop": 0.875} if crops else {}
         return recipe(task.recipe).with_values(values)
 
     suite = Suite(
         kind="avg5",
         known=AVG5,
-        protocol=f"Avg 5 at {size_text(size)} pixels, {options.resize}",
+        protocol=f"Avg 5 at {size_text(size)} pixels, {options.resize}{', small too' * crops}",
         config=config,
         rates=lambda task: LEARNING_RATES[task.recipe],
         seeds=(0, 1, 2),

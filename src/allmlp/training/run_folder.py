@@ -173,7 +173,7 @@ def environment(
 ) -> dict[str, Any]:
     """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints.
 
-    That of the first weights is None where they are gone, and `best` stands in for them.
+    That of the first weights is None where `best` stands in for them, as they are gone.
     """
     found = splits.fingerprints
     data: dict[str, Any] = {
@@ -182,9 +182,10 @@ def environment(
         "validation": found["validation"],
         "test": found["test"],
     }
-    source = config.model.weights
-    is_there = source and (best is None or expand(source).exists())
-    weights = weights_fingerprint(str(source)) if is_there else None
+    source, weights = config.model.weights, None
+    if source and (best is None or expand(source).exists()):
+        with contextlib.suppress(*(() if best is None else (UserError,))):
+            weights = weights_fingerprint(str(source))
     return {**environment_info(device), "seed": config.seed, "data": data, "weights": weights}
 
 
