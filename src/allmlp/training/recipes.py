@@ -108,7 +108,7 @@ CIFAR10_COMPARE: Settings = {
     "batch_size": 128,
     "evaluate_every": 1,
 }
-# What two cores train in two hours; chosen with short runs, see benchmarks/cifar10.md.
+# What a CPU trains in an hour or two; chosen with short runs, see benchmarks/cifar10.md.
 CIFAR10_CPU: Settings = {
     **_CIFAR10,
     "model.overrides": _mixer(4, 128, 6, 64, 256),
