@@ -2,6 +2,8 @@
 
 python examples/readme_picture.py RUN --data 'cifar10_*.parquet' --output docs/images/mixer.png
 
+RUN may be examples/cifar10_cpu.
+
 Left, units of the first token-mixing MLP as `mixer inspect` draws them. Right, the run's weights at
 twice their image size, on an image that is made of the first four test images of a class.
 """
