@@ -80,12 +80,15 @@ class ExportInfo:
         return normalize(images, self.preprocessing).numpy()
 
 
-def info_of(model: ImageClassifier, precision: str, *, uint8_input: bool) -> ExportInfo:
+def info_of(
+    model: ImageClassifier, precision: str, weights: str | None, *, uint8_input: bool
+) -> ExportInfo:
     how, number = preprocessing_of(model), model.num_parameters
     config = replace(model.config, num_classes=num_logits(model))
     return ExportInfo(
         *(config, model.class_names, how, uint8_input, precision, number),
         decision=model.decision,
+        weights=weights,
     )
 
 

@@ -78,8 +78,8 @@ def push(
         raise UserError(what, where="examples", fix="Rename one", code="conflict")
     folder = None if isinstance(model, ImageClassifier) else expand(model)
     net = open_model(model)
-    exported = None if folder is None else folder / EXPORT
-    if exported is not None and exported.is_file():
+    exported = folder / EXPORT if folder is not None and (folder / EXPORT).is_file() else None
+    if exported is not None:
         _check_made_from(exported)
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
@@ -104,7 +104,7 @@ def push(
         save_model(net, staged)
         files: dict[str, Path | bytes] = {name: Path(staged, name) for name in (WEIGHTS, CONFIG)}
         files[CARD] = card.encode(errors="backslashreplace")
-        if exported is not None and exported.is_file():
+        if exported is not None:
             files[EXPORT] = exported
         files |= {f"examples/{path.name}": path for path in images}
         contents = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -123,10 +123,11 @@ def push(
 def _check_made_from(exported: Path) -> None:
     """Raises UserError if the file was not exported from the present weights of its folder."""
     folder, made_from = exported.parent, open_exported(exported, num_threads=1).info.weights
-    is_same = made_from == weights_fingerprint(str(folder))
     if made_from is None:  # by an older version, or from a model in memory
         weights, _ = locate(folder, Reporter(quiet=True))
         is_same = exported.stat().st_mtime >= weights.stat().st_mtime
+    else:
+        is_same = made_from == weights_fingerprint(str(folder))
     if not is_same:
         what = "the exported file was not made from the weights beside it"
         fix = f"Remove it, or mixer export {folder} --output {exported} --overwrite"

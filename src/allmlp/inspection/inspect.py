@@ -79,16 +79,17 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     """
     options = make(InspectOptions, options, fields)
     net, name = _loaded(model, options, "model")
-    units, compared = model_units(net, name), None
+    other = None
     if options.compare == "random":
-        twin = random_weights(net, options.seed)
-        compared = model_units(twin, f"random weights, seed {options.seed}")
+        other = random_weights(net, options.seed), f"random weights, seed {options.seed}"
     elif options.compare is not None:
-        compared = model_units(*_loaded(options.compare, options, "compared"))
+        other = _loaded(options.compare, options, "compared")
     folder = None if options.output is None else expand(options.output)
     if folder is not None:
         check_output_folder(folder, ["inspection.json"], overwrite=options.overwrite)
         folder.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+    units = model_units(net, name)
+    compared = None if other is None else model_units(*other)
     drawable = [layer.number for layer in units.layers]
     layers = drawable if options.layers == "all" else options.layers or drawable[:FIRST_LAYERS]
     for number in layers:

@@ -62,6 +62,7 @@ class Experiment:
 
     kind: str  # of the measurement, e.g. "data-scale"; the files are named after it
     config: TrainConfig  # shared by all runs
+    images: Source  # for training; settings depend on their kind
     cells: Mapping[str, tuple[Row, TrainConfig]]  # folder -> columns of its row, its settings
     seeds: tuple[int, ...]  # one run of each cell for each
     # Draws the figure PATH.png and may add columns: (PATH, rows of the runs by name, of the cells).
@@ -73,10 +74,10 @@ class Experiment:
     def run(self, *, quiet: bool = False) -> Study:
         """Trains the missing runs; writes and prints the results of all of them."""
         name = self.kind.replace("-", "_")
-        images = splits_with_train(self.config.data.source)["train"]
+        configs = {cell: for_data(config, self.images) for cell, (_, config) in self.cells.items()}
         runs = {
-            f"cells/{cell}/seed-{seed}": for_data(config.with_values(_seeded(config, seed)), images)
-            for cell, (_, config) in self.cells.items()
+            f"cells/{cell}/seed-{seed}": config.with_values(_seeded(config, seed))
+            for cell, config in configs.items()
             for seed in self.seeds
         }
         own = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
@@ -255,6 +256,7 @@ def data_scale(
     return Experiment(
         kind="data-scale",
         config=config,
+        images=splits.train,
         cells=cells,
         seeds=options.seeds,
         finish=finish,
@@ -340,6 +342,7 @@ def permutation(
     return Experiment(
         kind="permutation",
         config=config,
+        images=splits.train,
         cells=cells,
         seeds=options.seeds,
         finish=finish,
@@ -413,7 +416,8 @@ def ablations(
     """Trains the variants of a Mixer under one budget and measures their cost."""
     options = make(AblationsOptions, options, fields)
     config = train_config(options, ["model.name"], options.model)
-    config = for_data(config, splits_with_train(config.data.source)["train"])
+    images = splits_with_train(config.data.source)["train"]
+    config = for_data(config, images)
     base = model_config(config.model.name, config.model.image_size, 2, **config.model.overrides)
     if not isinstance(base, MixerConfig) or not base.is_plain:
         what = f"the variants are those of a plain Mixer, and the model is {base.summary()}"
@@ -441,6 +445,7 @@ def ablations(
     return Experiment(
         kind="ablations",
         config=config,
+        images=images,
         cells={
             name: ({"variant": name}, config.with_values({"model.overrides": own}))
             for name, own in overrides.items()

@@ -339,8 +339,8 @@ def why_not_imagenet(values: dict[str, Any]) -> str | None:
     """Returns why an evaluation is not on the ImageNet validation set, which is recognised by its
     1000 synsets and its size: 50,000 images, 50 per class."""
     names = values.get("class_names") or []
-    synsets = {name[:9] for name in imagenet_classes()}
-    if len(names) != 1000 or {str(name)[:9] for name in names} != synsets:
+    synsets = {str(name)[:9] for name in names}
+    if len(names) != 1000 or synsets != {name[:9] for name in imagenet_classes()}:
         return f"its {plural(len(names), 'class')} are not the 1000 of ImageNet"
     if values["images"] != IMAGES:
         return f"{values['images']:,} images, not {IMAGES:,}"

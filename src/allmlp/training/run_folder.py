@@ -184,8 +184,11 @@ def environment(
     }
     source, weights = config.model.weights, None
     if source and (best is None or expand(source).exists()):
-        with contextlib.suppress(*(() if best is None else (UserError,))):
-            weights = weights_fingerprint(str(source))
+        try:
+            weights = weights_fingerprint(source)
+        except UserError:
+            if best is None:
+                raise
     return {**environment_info(device), "seed": config.seed, "data": data, "weights": weights}
 
 
