@@ -246,9 +246,9 @@ def with_new_head(model: ImageClassifier, num_classes: int) -> ImageClassifier:
     except ValueError as error:
         raise UserError(f"not a number of classes: {error}", where="num_classes") from error
     check_fits_memory(num_classes * dim, f"a head for {plural(num_classes, 'class')}")
-    head: Any = nn.utils.skip_init(nn.Linear, dim, num_classes) if num_classes else None
-    for parameter in () if head is None else head.parameters():
-        nn.init.zeros_(parameter)
+    head: Any = nn.Linear(dim, num_classes, device="meta") if num_classes else None
+    for name, parameter in () if head is None else list(head.named_parameters()):
+        setattr(head, name, nn.Parameter(torch.zeros(parameter.shape)))
     fresh = copy.copy(model)
     fresh._modules = dict(model._modules)
     fresh.config, fresh.class_names, fresh.head = config, None, head
