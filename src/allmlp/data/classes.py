@@ -37,7 +37,7 @@ class RawLabels:
     are_classes: bool = False
     several: bool = False  # every value is a tuple of labels; the classes' labels are multi-hot
     class_names: Sequence[str] | None = None  # of columns of 0 and 1
-    where: Callable[[int], object] | None = None  # names an image in errors; None: its own name
+    where: Callable[[int], object] = str  # names an image in errors
 
 
 def numbered(cells: Iterable[Any]) -> RawLabels:
@@ -103,13 +103,13 @@ def split_labels(
 
 
 def make_classes(
-    raw: RawLabels, item_name: Callable[[int], str], *, are_numbers: bool = False
+    raw: RawLabels, *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 or multi-hot; None if no image has a label.
 
     With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed.
     """
-    where = raw.where or item_name
+    where = raw.where
     if raw.are_classes:
         names = [str(name) for name in raw.values]
         if raw.codes.ndim == 2:  # multi-hot, of a subset

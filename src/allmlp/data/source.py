@@ -9,8 +9,10 @@ import functools
 import os
 import stat
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,14 +41,9 @@ class Images(Protocol):
 
 
 class PackedBytes:
-    """Many byte strings in one buffer, uint8, split at `ends`, int64 (n + 1,); shared by forks."""
+    """Many byte strings in one buffer, which forked processes share."""
 
-    def __init__(self, parts: Iterable[bytes] | tuple[np.ndarray, np.ndarray]) -> None:
-        self._buffer: Any
-        self._ends: Any
-        if isinstance(parts, tuple):
-            self._buffer, self._ends = parts
-            return
+    def __init__(self, parts: Iterable[bytes]) -> None:
         buffer, ends = bytearray(), array("q", [0])
         for part in parts:
             buffer += part
@@ -67,9 +64,8 @@ class PackedBytes:
 class PackedStrings:
     """Many strings (paths, in any encoding) in one buffer, like `PackedBytes`."""
 
-    def __init__(self, parts: Iterable[str] | PackedBytes) -> None:
-        is_packed = isinstance(parts, PackedBytes)
-        self._packed = parts if is_packed else PackedBytes(os.fsencode(part) for part in parts)
+    def __init__(self, parts: Iterable[str | bytes]) -> None:
+        self._packed = PackedBytes(map(os.fsencode, parts))
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -220,15 +216,16 @@ class Joined:
 
     parts: tuple[Images, ...]
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return [*accumulate(map(len, self.parts))]
+
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._ends[-1]
 
     def _at(self, index: int) -> tuple[Images, int]:
-        for part in self.parts:
-            if 0 <= index < len(part):
-                return part, index
-            index -= len(part)
-        raise IndexError(index)
+        at = bisect_right(self._ends, index)
+        return self.parts[at], index - (self._ends[at - 1] if at else 0)
 
     def read(self, index: int) -> bytes:
         part, at = self._at(index)

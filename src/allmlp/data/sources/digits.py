@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+from collections.abc import Iterator
 from importlib.resources import files
 
 import numpy as np
@@ -17,7 +18,8 @@ from allmlp.data.classes import RawLabels
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import encode_png
 from allmlp.data.source import EncodedImages, PackedBytes, labelled, subset
-from allmlp.data.source_spec import Kind, Records, SourceSpec
+from allmlp.data.source_spec import SourceSpec
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.errors import UserError
 
 
@@ -31,8 +33,8 @@ def _read() -> tuple[EncodedImages, np.ndarray]:
     return images, rows[:, 64].astype(np.int64)
 
 
-def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
+def open_digits(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
     _, _, text = spec.base.partition("@")
     if not (spec.base == "digits" or text.isdecimal()):
         raise UserError(f"unknown data {spec.base!r}", fix="digits, or digits@1 for another split")
@@ -42,10 +44,9 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     whole = labelled(images, "digits", names, classes)
     rest, test = split_by_class(classes, 0.2, seed=2 * seed)
     kept, held_out = split_by_class(classes[rest], 0.125, seed=2 * seed + 1)
-    return {
-        split: Records(subset(whole, at, split), RawLabels(classes[at], names, True))
-        for split, at in (("train", rest[kept]), ("validation", rest[held_out]), ("test", test))
-    }
+    for split, at in (("train", rest[kept]), ("validation", rest[held_out]), ("test", test)):
+        raw = RawLabels(classes[at], names, are_classes=True)
+        yield Rows(subset(whole, at, split), {"label": lambda raw=raw: raw}, split)
 
 
 def names_digits(spec: SourceSpec) -> bool:

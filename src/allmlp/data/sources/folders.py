@@ -15,7 +15,8 @@ from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
 from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
+from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.errors import UserError, plural, some_of
 from allmlp.names import extra
 
@@ -35,8 +36,8 @@ _FOLD = r"(?i)folds?[-_. ]?\d+"
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
 
-def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth."""
+def open_folders(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth."""
     folder = spec.path
     # photos.zip/photos, if that is all there is in photos.zip, and has folders
     while archive.is_archive(folder) and len(inner := subfolders(folder)) == 1:
@@ -49,7 +50,8 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
         if not len(paths):
             raise no_images(folder)
         note = passed_over_note(passed_over, folder)
-        return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
+        yield Rows(ImageFiles(paths, str(folder)), {}, "train", notes=note)
+        return
     splits, unused = _find_splits(folder)
     notes: tuple[str, ...] = ()
     if labels:
@@ -57,8 +59,8 @@ def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
             _check_class_folders(path, spec.options.get(GROUP))
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
-    group = spec.options.get(GROUP)
-    return {split: _class_folder(path, notes, group) for split, path in splits.items()}
+    for split, path in splits.items():
+        yield _class_folder(split, path, notes, spec.options.get(GROUP))
 
 
 def scan_images(
@@ -141,7 +143,7 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(names, key=natural_order)
 
 
-def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Records:
+def _class_folder(split: str, folder: Path, notes: tuple[str, ...], group: str | None) -> Rows:
     classes = subfolders(folder)
     if not classes:
         raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
@@ -164,7 +166,8 @@ def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Re
         images = Source(str(folder), [], at, images, at, columns=columns)
     labels = np.repeat(np.arange(len(classes)), counts)
     raw = RawLabels(labels, [name.strip() or name for name in classes], are_classes=True)
-    return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
+    notes = (*notes, *passed_over_note(passed_over, folder))
+    return Rows(images, {"label": lambda: raw}, split, notes=notes)
 
 
 def _group_of(path: str, group: str, folder: Path) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from allmlp.data.classes import RawLabels
 from allmlp.data.source import GROUP, ImageFiles
-from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, Kind, Records, SourceSpec, split_named
-from allmlp.data.sources.columns import choose_column, open_rows
-from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of
+from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, split_named
+from allmlp.data.sources.columns import Kind, Rows, choose_column
+from allmlp.data.sources.parquet import arrow_cells, arrow_columns, class_names_of
 from allmlp.errors import UserError
 from allmlp.io import is_reachable
 from allmlp.names import HUB_NAME, import_extra
@@ -55,27 +55,27 @@ class HubImages:
         return names
 
 
-def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+def open_hub(spec: SourceSpec, labels: bool) -> list[Rows]:
     found = re.fullmatch(rf"hf:({HUB_NAME})(?:@([\w./-]+))?", spec.base)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a data set on the hub: {spec.base!r}", fix=fix)
     loaded = _load(found[1], found[2], spec)
-    splits: dict[str, Records] = {}
+    splits: list[Rows] = []
     for split in SPLITS:
         theirs = [name for name in loaded if split_named(str(name)) == split]
         if len(theirs) > 1:
             raise UserError(f"two splits for one: {' and '.join(theirs)}", where=spec.source)
         for name in theirs:
             if len(loaded[name]):
-                splits[split] = _open_split(loaded[name], spec, split, labels)
+                splits.append(_open_split(loaded[name], spec, split))
     if not splits:
         what = f"none of the splits train, validation and test has rows: {', '.join(loaded)}"
         raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")
     return splits
 
 
-def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Records:
+def _open_split(dataset: Any, spec: SourceSpec, split: str) -> Rows:
     import datasets  # pyright: ignore[reportMissingImports]
 
     title, features = f"{spec.source}:{split}", dict(dataset.features)
@@ -93,8 +93,8 @@ def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Rec
         values = dataset.select_columns([name]).with_format("arrow")[:].column(0)
         return arrow_cells(values, class_names_of(schema, name), name, title)
 
-    rows = arrow_rows(images, column, schema, cells, title)
-    return open_rows(spec, rows, labels, split=split)[split]
+    columns, likely = arrow_columns(schema, column, cells)
+    return Rows(images, columns, split, likely, file=title)
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:

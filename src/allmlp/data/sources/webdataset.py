@@ -5,6 +5,7 @@ The tars are scanned when they are opened, and images read from their places.
 
 from __future__ import annotations
 
+import functools
 import os
 import tarfile
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from allmlp.data.archive import tar_members
 from allmlp.data.classes import UNLABELLED, RawLabels, numbered
 from allmlp.data.image import SUFFIXES
 from allmlp.data.source import ByteRanges, PackedStrings
-from allmlp.data.source_spec import Kind, Records, SourceSpec, by_split
+from allmlp.data.source_spec import SourceSpec, by_split
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.data.sources.folders import loose_image, subfolders
 from allmlp.errors import UserError
 from allmlp.io import parse_json
@@ -26,26 +28,22 @@ from allmlp.io import parse_json
 _LABEL_BYTES = 2**20  # a larger .cls or .json is not a label
 
 
-def open_tars(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits, taken from the tars' names."""
-    found: dict[str, Records] = {}
+def open_tars(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields the splits, taken from the tars' names."""
     for split, files in by_split(spec.path.glob("*.tar")).items():
         samples = [sample for at, file in enumerate(files) for sample in _samples(file, at, labels)]
         if not samples:
             raise UserError("the tars have no images", where=files[0], fix=f"Endings: {SUFFIXES}")
         places, names, cells = zip(*samples, strict=True)
+        if labels and None in cells:
+            fix = f"Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; {UNLABELLED}"
+            where = f"{files[places[cells.index(None)][0]]}:{names[cells.index(None)]}"
+            raise UserError("the image has no label", where=where, fix=fix)
         file, offset, length = np.array(places, dtype=np.int64).T.copy()
         images = ByteRanges(files, file.astype(np.int32), offset, length, PackedStrings(names))
-        found[split] = Records(images)
-        if labels:
-            if None in cells:
-                fix = f"Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; {UNLABELLED}"
-                where = images.item_name(cells.index(None))
-                raise UserError("the image has no label", where=where, fix=fix)
-            index = spec.path / f"{split}.index.safetensors"
-            raw = _numbered_by(index, cells) if index.exists() else numbered(cells)
-            found[split] = Records(images, raw)
-    return found
+        index = spec.path / f"{split}.index.safetensors"
+        read = functools.partial(_numbered_by, index) if index.exists() else numbered
+        yield Rows(images, {"label": functools.partial(read, cells)}, split)
 
 
 def _samples(
