@@ -94,7 +94,6 @@ def check_source(
 
 
 def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
-    """The contents of one split; only image and class counts include unreadable images."""
     places = np.flatnonzero(scanned.facts["readable"])
     fields = ("num_bytes", "height", "width", "format", "mode", "brightest")
     facts = {name: scanned.facts[name][places] for name in fields}  # without thumbnails
@@ -239,10 +238,8 @@ class DuplicatePair(NamedTuple):
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The duplicate pairs of a data set; images are numbered across all splits.
-
-    A copy is paired only with its first occurrence, near duplicates are pairs of first occurrences.
-    """
+    """Images are numbered across all splits; a copy is paired only with its first occurrence, and
+    near duplicates are pairs of first occurrences."""
 
     splits: Mapping[str, Source]
     pairs: np.ndarray  # `PAIRS` (num_pairs,), in order
@@ -264,7 +261,6 @@ class Duplicates:
         return list(self.splits)[place], int(image - self.offsets[place])
 
     def other_label(self) -> np.ndarray:
-        """Returns which pairs have different classes, bool (num_pairs,)."""
         texts = [s.label_text(at) for s in self.splits.values() for at in range(len(s))]
         labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
         return labels[self.pairs["first"]] != labels[self.pairs["second"]]
@@ -334,7 +330,6 @@ def find_duplicates(
     num_workers: int | None = None,
     scans: dict[str, Scan] | None = None,
 ) -> Duplicates:
-    """Finds duplicates among all images; `scans` are existing scans of the splits."""
     scans = scans or scan(splits, num_workers=num_workers)
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])

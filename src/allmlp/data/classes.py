@@ -25,12 +25,8 @@ _SEPARATORS = {"space": None, "comma": ",", "semicolon": ";", "tab": "\t"}
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels as stored in the data.
-
-    `values` are class names if the data lists them (`are_classes`; a code of -1 means no label),
-    else the distinct cells of a column in any order: text, numbers, true, false, None or, with
-    several labels per image, lists of these.
-    """
+    """Labels as stored in the data, where `values` are class names (-1 is no label) or the distinct
+    cells of a column: text, numbers, true, false, None, or lists of these (several labels)."""
 
     codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[Any]
@@ -41,7 +37,6 @@ class RawLabels:
 
 
 def numbered(cells: Iterable[Any]) -> RawLabels:
-    """Returns the labels of a column, given its cells."""
     numbers: dict[object, int] = {}
     values: list[Any] = []
     codes: list[int] = []
@@ -106,9 +101,7 @@ def make_classes(
     raw: RawLabels, *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 or multi-hot; None if no image has a label.
-
-    With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed.
-    """
+    Numbers for a label rule may be -1, and 9 beside 9.0."""
     where = raw.where
     if raw.are_classes:
         names = [str(name) for name in raw.values]
@@ -162,7 +155,6 @@ def make_classes(
 
 
 def label_text(value: object, where: object) -> str:
-    """Returns the class name for a cell: text, an integer, true or false."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -42,14 +42,12 @@ def fingerprint(source: Source, most: int | None = 100, *, moved: bool = False) 
 
 
 def own_names(source: Source) -> list[str]:
-    """Returns the names of all images without their common parent folder."""
     names = [source.item_name(index) for index in range(len(source))]
     start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071 - not all names are paths
     return [name[start:] for name in names]
 
 
 def image_key(encoded: bytes) -> str:
-    """Returns the first 16 digits of an image's sha256."""
     return hashlib.sha256(encoded).hexdigest()[:16]
 
 

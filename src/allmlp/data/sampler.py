@@ -22,7 +22,6 @@ def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Returns the epoch's permutation of the indices 0 to num_images - 1."""
     kind = np.uint32 if num_images <= 2**32 else np.int64  # the same order, half the memory
     order = np.arange(num_images, dtype=kind)
     generator(seed, ORDER, epoch).shuffle(order)
@@ -65,8 +64,6 @@ class BalancedOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which images a rank reads at which step."""
-
     seed: int  # of the order and of each image's random numbers
     batch_size: int  # summed over ranks; a multiple of `world_size`
     rank: int = 0
@@ -91,10 +88,8 @@ class Order:
 
 
 def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.random.Generator:
-    """Returns the generator for one image in one epoch, and at one place of a balanced order."""
     return generator(seed, SAMPLE, epoch, index, *place)
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Returns the generator for one step (mixup, dropout masks)."""
     return generator(seed, STEP, step)

@@ -27,8 +27,6 @@ GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as th
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that cannot be read or decoded."""
-
     index: int
     name: str
     what: str
@@ -117,8 +115,6 @@ _opened = functools.lru_cache(maxsize=64)(_Descriptor)  # the usual limit is 1,0
 
 @dataclass(frozen=True)
 class ByteRanges:
-    """Images as byte ranges of a few large files."""
-
     files: Sequence[str]
     file: np.ndarray  # int32 (num_images,), indices into `files`
     offset: np.ndarray  # int64 (num_images,), bytes
@@ -190,7 +186,6 @@ class Source:
 
     @property
     def is_multi_label(self) -> bool:
-        """Whether images have several labels, or none."""
         return self.labels.ndim == 2
 
     def class_counts(self) -> np.ndarray:
@@ -212,8 +207,6 @@ class Source:
 
 @dataclass(frozen=True)
 class Joined:
-    """Several `Images`, concatenated."""
-
     parts: tuple[Images, ...]
 
     @functools.cached_property
@@ -266,7 +259,6 @@ def array_row(source: Source, index: int) -> np.ndarray:
 
 
 def only_images(source: Source, what: str) -> None:
-    """Raises UserError if the data is arrays, which `what` cannot use."""
     if array_shape(source) is not None:
         fix = "train, finetune, evaluate, predict, few-shot and export take arrays"
         raise UserError(f"{what} is for images", where=source.name, fix=fix, code="arrays")
@@ -285,7 +277,6 @@ def labelled(
 
 
 def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> Source:
-    """Returns images without labels as a source with the single class "unknown"."""
     return labelled(images, name, ["unknown"], np.zeros(len(images), dtype=np.int64), notes)
 
 
@@ -307,7 +298,6 @@ def relabel(source: Source, class_names: list[str]) -> Source:
 
 
 def join(parts: Sequence[Source], name: str) -> Source:
-    """Concatenates sources with the same classes."""
     labels = np.concatenate([part.labels for part in parts])
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     return labelled(Joined(tuple(parts)), name, parts[0].class_names, labels, tuple(notes))
@@ -329,7 +319,6 @@ def as_multi_label(source: Source) -> Source:
 
 
 def check_one_label(sources: Iterable[Source], what: str) -> None:
-    """Raises UserError if images have several labels, which `what` cannot use."""
     for source in sources:
         if source.is_multi_label:
             fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=single"

@@ -37,7 +37,6 @@ class SourceSpec:
 
     @property
     def source(self) -> str:
-        """The name without split and part: SOURCE#OPTION=VALUE."""
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.base}#{options}" if options else self.base
 
@@ -47,7 +46,6 @@ class SourceSpec:
 
 
 def parse_name(name: str) -> SourceSpec:
-    """Parses a name; split and options may come in either order."""
     base, options, split, part = name, {}, None, None
     for _ in range(2):
         if split is None:

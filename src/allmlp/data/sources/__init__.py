@@ -190,12 +190,10 @@ def read_from(name: str | Path) -> Iterator[str]:
 
 
 def names_source(name: str) -> bool:
-    """Whether the string names built-in data: digits, digits:test, digits@1."""
     return digits.names_digits(parse_name(name))
 
 
 def are_arrays(name: str) -> bool:
-    """Whether the string names arrays of numbers."""
     return kind_of(parse_name(name)) is arrays.KIND
 
 

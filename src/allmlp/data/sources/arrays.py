@@ -67,7 +67,6 @@ class ArrayRows:
         return f"{self.name}[{index}]"
 
     def check_finite(self) -> None:
-        """Raises UserError with the first number that is not finite as float32."""
         for at, row in enumerate(self.rows):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(row.astype(ROW))
@@ -79,7 +78,6 @@ class ArrayRows:
 
 
 def _grid(values: np.ndarray) -> np.ndarray:
-    """Returns rows as a view (N, C, H, W)."""
     if values.ndim == 4:
         return values
     return values[:, None, None, :] if values.ndim == 2 else values[:, :, None, :]
@@ -212,7 +210,6 @@ def _lists(schema: Any) -> list[str]:
 
 
 def _raw_labels(cells: Any, name: str) -> RawLabels:
-    """The labels of a column, or of columns of 0 and 1 as an array (N, K)."""
     if not isinstance(cells, np.ndarray):
         return numbered(cells)
     values = cells.astype(str) if cells.dtype.kind == "S" else cells
@@ -227,7 +224,6 @@ def _raw_labels(cells: Any, name: str) -> RawLabels:
 
 
 def names_arrays(spec: SourceSpec) -> bool:
-    """Whether the name means arrays: .npy, .npz, or Parquet with lists of numbers, not images."""
     if spec.path.suffix.lower() in SUFFIXES:
         return spec.path.is_file()
     files = parquet_files(spec)

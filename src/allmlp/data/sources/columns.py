@@ -31,8 +31,6 @@ _SPLITS_OR_GROUPS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Images and the columns beside them."""
-
     images: Images
     columns: dict[str, Callable[[], RawLabels]]  # read when they are needed
     split: str | None = None  # None: in the column `split` or `is_valid`, or else train
@@ -116,7 +114,6 @@ def _some(raw: RawLabels, rows: Rows, at: np.ndarray) -> RawLabels:
 
 
 def _texts(rows: Rows, column: str, role: str) -> list[str]:
-    """Returns the cells of a column as text; an empty one is an error."""
     raw = rows.columns[column]()
     texts = ["" if value is None else str(value).strip() for value in raw.values]
     if "" in texts and role != FOLD:  # test images need none
@@ -143,7 +140,6 @@ def _is_hot(raw: RawLabels) -> bool:
 
 
 def _label_columns(spec: SourceSpec, rows: Rows, rest: Sequence[str]) -> list[str]:
-    """Returns the label column, or the columns of 0 and 1 in label=A|B|C."""
     given = spec.options.get("label", "")
     likely = [name for name in rows.likely if name in rest]
     others = [name for name in rest if not re.search(_SPLITS_OR_GROUPS, name)]

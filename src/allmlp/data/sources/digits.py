@@ -25,7 +25,6 @@ from allmlp.errors import UserError
 
 @functools.cache
 def _read() -> tuple[EncodedImages, np.ndarray]:
-    """Returns the images and their classes; a command opens the digits several times."""
     packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
     rows = np.loadtxt(gzip.decompress(packed).decode().split(), delimiter=",", dtype=np.uint8)
     pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -50,7 +49,6 @@ def open_digits(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 
 
 def names_digits(spec: SourceSpec) -> bool:
-    """Whether the name means the digits and not a folder of that name."""
     return spec.base.partition("@")[0] == "digits" and not spec.path.exists()
 
 

@@ -77,7 +77,6 @@ def open_folders(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 
 
 def _images(folder: Path, inside: list[str]) -> tuple[ImageFiles, tuple[str, ...]]:
-    """Returns the images in these folders of the folder, and a note on files passed over."""
     passed_over: Counter[str] = Counter()
     scans = (scan_images(str(folder), name, passed_over) for name in inside)
     images = ImageFiles(PackedStrings(chain.from_iterable(scans)), str(folder))
@@ -91,9 +90,7 @@ def scan_images(
     above: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
-
-    Links are followed, except to one of the folders `above`.
-    """
+    Links are followed, except to one of the folders `above`."""
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
         return
@@ -108,7 +105,6 @@ def scan_images(
 
 
 def passed_over_note(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
-    """Returns a note on files that look like images but are not read, if any."""
     named = Counter({suffix: count for suffix, count in passed_over.items() if suffix})
     if not named:
         return ()
@@ -134,7 +130,6 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """The visible names in a folder, sorted, with whether each is a folder."""
     inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
         inside = archive.entries(folder)
@@ -159,7 +154,6 @@ def loose_image(folder: Path) -> str | None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Returns the names of a folder's visible subfolders in natural order."""
     names = (name for name, is_folder in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
@@ -204,7 +198,6 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folder of each split, and the names of other folders with images."""
     splits: dict[str, Path] = {}
     known: set[str] = set()
     others: dict[str, list[str]] = {}

@@ -45,7 +45,6 @@ class HubImages:
         return data
 
     def values_of(self, column: str) -> list[Any] | None:
-        """Returns the images' "path"; other columns are not read."""
         if column != "path":
             return None
         names: list[Any] = []

@@ -95,7 +95,6 @@ def _check_repeats(
     folder: Path,
     where: Callable[[int], str],
 ) -> Counter[str]:
-    """Returns repeated rows by split; UserError if an image is in two splits or has two labels."""
     repeated: Counter[str] = Counter()
     real_folder = functools.cache(lambda name: os.path.realpath(folder / name))
     texts = [str(value) for value in raw.values]
@@ -124,7 +123,6 @@ def _open(path: Path) -> TextIO:
 
 
 def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the rows with their line numbers."""
     first = file.readline()
     file.seek(0)
     reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count), strict=True)

@@ -53,7 +53,6 @@ def is_packed(folder: Path) -> bool:
 
 
 def open_packed(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
-    """Yields the splits of a folder after checking file sizes."""
     if not is_packed(spec.path):
         what = "mixer data pack was killed before the data was complete"
         fix = "Run the same mixer data pack again: it starts over"
@@ -91,7 +90,6 @@ def verify(folder: Path) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]]:
-    """Returns the class names and files of each split."""
     path = folder / MANIFEST
     try:
         values = parse_json(path.read_bytes())
@@ -110,7 +108,6 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]
 
 
 def _index(folder: Path, files: list[PackedFile]) -> tuple[ByteRanges, np.ndarray]:
-    """Returns the images of a split and their labels."""
     parts: list[tuple[np.ndarray, ...]] = []
     names: list[bytes] = []
     for number, file in enumerate(files):
@@ -151,8 +148,6 @@ def _pyarrow(where: object) -> Any:
 
 @dataclass
 class Packed:
-    """A packed split; unreadable images are skipped and listed in `bad`."""
-
     num_images: int = 0
     files: list[PackedFile] = field(default_factory=list)
     bad: list[BadImage] = field(default_factory=list)

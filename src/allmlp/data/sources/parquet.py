@@ -69,7 +69,6 @@ def open_parquet(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 def arrow_columns(
     schema: Any, image: str, cells: Callable[[str], RawLabels]
 ) -> tuple[dict[str, Callable[[], RawLabels]], Sequence[str]]:
-    """Returns the columns beside the image, and those that may be the label."""
     names = [name for name in schema.names if name != image]
     named = [name for name in names if name.casefold() in LABEL_COLUMNS]
     fitting = [name for name in named if _holds_labels(schema.field(name).type)]
@@ -79,7 +78,6 @@ def arrow_columns(
 
 
 def arrow_cells(values: Any, class_names: list[str] | None, column: str, file: object) -> RawLabels:
-    """Returns the labels in a column, a pyarrow.ChunkedArray."""
     import pyarrow.types as types
 
     if not _holds_labels(values.type):
@@ -121,8 +119,6 @@ def class_names_of(schema: Any, column: str) -> list[str] | None:
 
 @dataclass
 class ParquetImages:
-    """The images of a file."""
-
     file: str
     column: str
     held: PackedBytes | None = None
@@ -150,7 +146,6 @@ class ParquetImages:
         return data
 
     def values_of(self, column: str) -> list[Any] | None:
-        """Returns another column's values, or the images' "path"; None if the file lacks it."""
         table = _read(self.file, f"{self.column}.path" if column == "path" else column).flatten()
         return table.column(0).to_pylist() if table.num_columns else None
 
@@ -188,7 +183,6 @@ def _row_group(file: str, column: str, group: int, first: int) -> list[bytes]:
 
 
 def _read(file: str, column: str) -> Any:
-    """Returns a table of the column, without columns if the file lacks it."""
     with _damage_reported(file):
         return open_file(file).read(columns=[column], use_threads=False)
 
@@ -202,7 +196,6 @@ def _cells(files: list[str], column: str) -> RawLabels:
 
 
 def _check_same(files: list[str], column: str) -> list[str] | None:
-    """Checks that a column has one type and the same classes in all files; returns these."""
     first = open_file(files[0]).schema_arrow
     class_names = class_names_of(first, column)
     for file in files[1:]:

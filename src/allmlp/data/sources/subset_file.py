@@ -79,7 +79,6 @@ class LabelRule:
 
 
 def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
-    """Returns whether the rule is applied already: integer classes below its `num_classes`."""
     return set(class_names) <= set(map(str, range(rule.num_classes)))
 
 

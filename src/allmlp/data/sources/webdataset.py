@@ -29,7 +29,6 @@ _LABEL_BYTES = 2**20  # a larger .cls or .json is not a label
 
 
 def open_tars(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
-    """Yields the splits, taken from the tars' names."""
     for split, files in by_split(spec.path.glob("*.tar")).items():
         samples = [sample for at, file in enumerate(files) for sample in _samples(file, at, labels)]
         if not samples:
@@ -49,7 +48,6 @@ def open_tars(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 def _samples(
     path: str, number: int, labels: bool
 ) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
-    """Yields (file, offset, length), name and label of every image; None if it has no label."""
 
     def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
         folder, base = os.path.split(item[0].name)
@@ -71,7 +69,6 @@ def _samples(
 
 
 def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Yields the files of a tar; .cls and .json with their contents."""
     try:
         with open(path, "rb") as file:
             for member in tar_members(path):
@@ -87,7 +84,6 @@ def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
 
 
 def _label(name: str, text: bytes, path: str) -> Any:
-    """Returns the label in a .cls or .json; None if a .json has none."""
     try:
         if name.lower().endswith(".cls"):
             return text.decode().strip()
