@@ -328,10 +328,8 @@ def load(
             pin_memory=pin_memory,
             prefetch_factor=ahead if num_workers else None,
         )
-        before = workers.on_child_end(signal.SIG_DFL)
-        with workers.starting():
+        with workers.on_child_end(signal.SIG_DFL), workers.starting():
             loaded = iter(loader)
-        workers.on_child_end(before)
     return _named_failures(images, loaded, timeout, closing)
 
 
@@ -339,17 +337,7 @@ def _named_failures(
     images: Images, batches: Iterator[Any], timeout: float, closing: Tensor
 ) -> Iterator[Any]:
     try:
-        while True:
-            # torch raises wherever the main process is when a worker dies, mostly in the model;
-            # checking only here makes it possible to name the worker.
-            before = workers.on_child_end(workers.raise_if_one_died)
-            try:
-                workers.raise_if_one_died()
-                batch = _wait(batches, timeout)
-            finally:
-                workers.on_child_end(before)
-            if batch is None:
-                return
+        while (batch := _wait(batches, timeout)) is not None:
             yield batch
     except RuntimeError as error:
         message = str(error)
@@ -370,19 +358,23 @@ def _named_failures(
 def _wait(batches: Iterator[Any], timeout: float) -> Any:
     """Returns the next batch, None at the end; checks every second whether a worker has died."""
     begun = time.monotonic()
-    while True:
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            waited = time.monotonic() - begun
-            if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
+    # torch raises wherever the main process is when a worker dies, mostly in the model; checking
+    # only here makes it possible to name the worker.
+    with workers.on_child_end(workers.raise_if_one_died):
+        while True:
+            workers.raise_if_one_died()
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                waited = time.monotonic() - begun
+                if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
+                    raise
+            except (ConnectionError, EOFError):  # a worker died while sending a batch
+                for _ in range(50):  # until the system reports its exit
+                    workers.raise_if_one_died()
+                    time.sleep(0.1)
                 raise
-        except (ConnectionError, EOFError):  # a worker died while sending a batch
-            for _ in range(50):  # until the system reports its exit
-                workers.raise_if_one_died()
-                time.sleep(0.1)
-            raise
-        workers.while_waiting.get()()
+            workers.while_waiting.get()()
 
 
 def most_workers() -> int:

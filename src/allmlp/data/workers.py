@@ -148,9 +148,14 @@ def raise_if_one_died(*_: object) -> None:
     torch._C._error_if_any_worker_fails()
 
 
-def on_child_end(handler: Any) -> Any:
-    """Sets the handler for the end of a child process; returns the previous one, or None."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
-        return None
-    return signal.signal(signal.SIGCHLD, handler)
+@contextlib.contextmanager
+def on_child_end(handler: Any) -> Iterator[None]:
+    """Sets the handler for the end of a child process, where that is possible."""
+    before = None
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)

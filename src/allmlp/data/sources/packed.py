@@ -141,9 +141,7 @@ def _batches(path: Path) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, 
 
 
 def _pyarrow(where: object) -> Any:
-    what = "packed data needs pyarrow"
-    import_extra("pyarrow.ipc", "data", what, where)
-    return import_extra("pyarrow", "data", what, where)
+    return import_extra("pyarrow", "data", "packed data needs pyarrow", where)
 
 
 @dataclass
