@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allmlp.data.sources import hub, open_source, open_splits
+from allmlp.data.sources import open_source, open_splits
 from allmlp.errors import UserError
 from conftest import draw, encode
 
@@ -38,7 +38,6 @@ def dataset(
 @pytest.fixture
 def on_hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     """Puts these splits, or an error, on the hub; returns the calls of `load_dataset`."""
-    monkeypatch.setattr(hub, "is_reachable", lambda endpoint: True)
 
     def put(result: Any) -> list[tuple[Any, ...]]:
         calls: list[tuple[Any, ...]] = []
@@ -117,7 +116,6 @@ def test_images_as_paths_and_missing_ones(on_hub: Hub, tmp_path: Path):
     [
         ({"train": []}, "has rows"),
         ({"val": ["a"], "valid": ["a"]}, "val and valid"),
-        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "hf download --repo-type dataset a/b"),
         (ValueError("Config name is missing: ['en']"), r"'en'[\s\S]*'hf:a/b#config=NAME'"),
         (RuntimeError("Dataset 'a/b' is a gated dataset"), r"gated[\s\S]*hf auth login"),
     ],
@@ -137,20 +135,3 @@ def test_names_that_are_none_and_no_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'allmlp\[data\]'"):
         open_splits("hf:a/b")
-
-
-def test_without_a_network_the_cache_is_all(on_hub: Hub, monkeypatch: pytest.MonkeyPatch):
-    from huggingface_hub import constants
-
-    for reachable in (True, False):
-        monkeypatch.setattr(hub, "is_reachable", lambda endpoint, on=reachable: on)
-        seen: list[bool] = []
-
-        def look(*_: Any, seen: list[bool] = seen, **__: Any) -> Any:
-            seen.append(constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE)
-            return {"train": dataset(["a"])}
-
-        monkeypatch.setattr(datasets, "load_dataset", look)
-        open_splits("hf:a/b")
-        assert seen == [not reachable]
-        assert not constants.HF_HUB_OFFLINE

@@ -15,7 +15,6 @@ from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, split_nam
 from allmlp.data.sources.columns import Kind, Rows, choose_column
 from allmlp.data.sources.parquet import arrow_cells, arrow_columns, class_names_of
 from allmlp.errors import UserError
-from allmlp.io import is_reachable
 from allmlp.names import HUB_NAME, import_extra
 
 PREFIX = "hf:"
@@ -99,26 +98,14 @@ def _open_split(dataset: Any, spec: SourceSpec, split: str) -> Rows:
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
     what = "reading data sets of the hub needs the package datasets"
     datasets = import_extra("datasets", "data", what, spec.base)
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
+    config = spec.options.get("config")
     try:
-        # Offline, the libraries would retry for half a minute.
-        if not (offline or is_reachable(constants.ENDPOINT)):
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return datasets.load_dataset(
-            repository, spec.options.get("config"), revision=revision, streaming=False
-        )
+        return datasets.load_dataset(repository, config, revision=revision, streaming=False)
     except Exception as error:  # from the package, the hub or the network
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        fix = f"See https://huggingface.co/datasets/{repository}; if it is private: hf auth login"
-        if "Config name is missing" in reason or "BuilderConfig" in reason:
-            fix = f"Choose one: '{spec.base}#config=NAME'"
-        elif isinstance(error, ConnectionError | TimeoutError):
-            fix = f"With a network: hf download --repo-type dataset {repository}"
+        fix = f"See https://huggingface.co/datasets/{repository}; if it has several configurations:"
+        fix += f" '{spec.base}#config=NAME'; if it is private: hf auth login"
         raise UserError(f"cannot load {repository}: {reason}", where=spec.base, fix=fix) from error
-    finally:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 
 
 KIND = Kind(
