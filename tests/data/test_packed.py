@@ -1,9 +1,7 @@
 """Packed data and tars of other tools: round trips, damage, and the commands that write them."""
 
 import gzip
-import multiprocessing
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -125,19 +123,6 @@ def test_a_damaged_list_of_files(tmp_path: Path, text: str | None):
     (tmp_path / "packed.json").write_text(text)
     with pytest.raises(UserError, match=r"packed\.json"):
         open_splits(str(tmp_path))
-
-
-def _read(source: Source) -> list[bytes]:
-    return [source.read(at) for at in (11, 0, 6, 0)]
-
-
-def test_it_survives_pickling_and_forking(tmp_path: Path):
-    pack_splits({"train": made()}, tmp_path, shard_bytes=1)
-    source = open_source(str(tmp_path))
-    assert content(source) == content(made())
-    assert _read(pickle.loads(pickle.dumps(source))) == _read(made())
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(_read, [source] * 4) == [_read(made())] * 4
 
 
 def test_shards_of_earlier_versions(tmp_path: Path):

@@ -1,18 +1,23 @@
 """Names of sources, their splits and parts, subset files, and data without labels."""
 
 import json
+import multiprocessing
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
-from allmlp.data.source import EncodedImages, labelled, unreadable
+from allmlp.data.source import EncodedImages, Source, labelled, unreadable
 from allmlp.data.source_spec import SourceSpec, by_split, parse_name
-from allmlp.data.sources import is_data, names_source, open_source, open_splits
+from allmlp.data.sources import is_data, names_source, open_source, open_splits, parquet
+from allmlp.data.sources.packed import pack_splits
 from allmlp.data.sources.subset_file import (
     LabelRule,
     SubsetFile,
@@ -190,6 +195,35 @@ def test_the_split_of_a_file():
     assert by_split([Path("test/0000.parquet")]) == {"train": ["test/0000.parquet"]}
     with pytest.raises(UserError, match=r"train_test\.npy"):
         by_split([Path("train_test.npy")])
+
+
+def _read(source: Source) -> list[bytes]:
+    return [source.read(at) for at in (2, 0, 1, 0)]
+
+
+@pytest.mark.parametrize("kind", ["files", "zip", "packed", "held", "row groups", "array"])
+def test_sources_survive_pickling_and_forking(class_folder: Path, monkeypatch, kind: str):
+    whole, name = open_splits(str(class_folder)), str(class_folder)
+    if kind == "zip":
+        name = shutil.make_archive(str(class_folder / "x"), "zip", class_folder)
+    elif kind == "packed":
+        pack_splits(whole, class_folder / "packed", shard_bytes=1)
+        name = str(class_folder / "packed")
+    elif kind in ("held", "row groups"):
+        monkeypatch.setattr(parquet, "HELD_BYTES", 2**30 if kind == "held" else 0)
+        images = [{"bytes": data, "path": ""} for data in _read(whole["train"])]
+        table = pa.table({"image": images, "label": [1, 2, 3, 4]})
+        name = str(class_folder / "x.parquet")
+        pq.write_table(table, name, row_group_size=2)
+    elif kind == "array":
+        name = str(class_folder / "x.npy")
+        np.save(name, np.arange(12.0).reshape(3, 4))
+    source = open_source(f"{name}:train", labels="any")
+    expected = _read(source)  # files and row groups are open now
+    assert _read(pickle.loads(pickle.dumps(source))) == expected
+    assert kind in ("files", "zip", "packed", "held") or len(pickle.dumps(source)) < 2000
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_read, [source] * 4) == [expected] * 4
 
 
 def test_files_that_cannot_be_read(class_folder: Path):
