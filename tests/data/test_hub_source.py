@@ -74,12 +74,7 @@ def test_splits_bytes_and_labels(on_hub: Hub):
 
 
 def test_columns_are_chosen(on_hub: Hub):
-    both = dataset([0, 1], ["x", "y"], label="fine_label", column="photo")
-    coarse = datasets.ClassLabel(names=["all"])
-    on_hub({"train": both.add_column("coarse_label", [0, 0]).cast_column("coarse_label", coarse)})
-    with pytest.raises(UserError, match=r"fine_label, coarse_label[\s\S]*#label=fine_label"):
-        open_source("hf:a/b")
-    assert open_source("hf:a/b#label=coarse_label").class_names == ["all"]
+    on_hub({"train": dataset([0, 1], ["x", "y"], label="fine_label", column="photo")})
     assert open_source("hf:a/b#label=fine_label,image=photo").class_names == ["x", "y"]
     with pytest.raises(UserError, match="column 'id' is .* not of images"):
         open_source("hf:a/b#label=fine_label,image=id")
