@@ -366,8 +366,8 @@ def find_duplicates(
 
 def _pairs(first: np.ndarray, second: np.ndarray, kind: Any, difference: Any) -> np.ndarray:
     pairs = np.empty(len(first), dtype=PAIRS)
-    for name, values in zip(PAIRS.names, (first, second, kind, difference), strict=True):
-        pairs[name] = values
+    pairs["first"], pairs["second"] = first, second
+    pairs["kind"], pairs["difference"] = kind, difference
     return pairs
 
 

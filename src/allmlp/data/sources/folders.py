@@ -160,7 +160,7 @@ def subfolders(folder: Path) -> list[str]:
 
 def _group_of(path: str, group: str, folder: Path) -> str:
     """The folder inside the class folder, or what stands before a mark in the file's name."""
-    parts = Path(path).parts
+    parts = path.split(os.sep)
     found = parts[1] if len(parts) > 2 else ""
     if group != "folder":
         found = parts[-1].partition(group)[0] if group in parts[-1] else ""

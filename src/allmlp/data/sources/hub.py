@@ -12,8 +12,8 @@ from typing import Any
 from allmlp.data.classes import RawLabels
 from allmlp.data.source import GROUP, ImageFiles
 from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, split_named
-from allmlp.data.sources.columns import Kind, Rows, choose_column
-from allmlp.data.sources.parquet import arrow_cells, arrow_columns, class_names_of
+from allmlp.data.sources.columns import Kind, Rows
+from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of, image_column
 from allmlp.errors import UserError
 from allmlp.names import HUB_NAME, import_extra
 
@@ -76,23 +76,17 @@ def open_hub(spec: SourceSpec, labels: bool) -> list[Rows]:
 def _open_split(dataset: Any, spec: SourceSpec, split: str) -> Rows:
     import datasets  # pyright: ignore[reportMissingImports]
 
-    title, features = f"{spec.source}:{split}", dict(dataset.features)
-    pictures = [name for name in features if type(features[name]).__name__ == "Image"]
-    column = choose_column("image", spec, list(features), pictures, title)
-    if column not in pictures:
-        what = f"column {column!r} is {features[column]}, not of images"
-        fix = f"Columns of images: {', '.join(pictures) or 'none'}"
-        raise UserError(what, where=title, fix=fix)
+    title, schema = f"{spec.source}:{split}", dataset.features.arrow_schema
+    column = image_column(spec, schema, title)
     undecoded = dataset.select_columns([column])
     undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-    images, schema = HubImages(title, undecoded, column), dataset.features.arrow_schema
 
     def cells(name: str) -> RawLabels:
         values = dataset.select_columns([name]).with_format("arrow")[:].column(0)
         return arrow_cells(values, class_names_of(schema, name), name, title)
 
-    columns, likely = arrow_columns(schema, column, cells)
-    return Rows(images, columns, split, likely, file=title)
+    images = HubImages(title, undecoded, column)
+    return arrow_rows(images, column, schema, cells, split=split, file=title)
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:

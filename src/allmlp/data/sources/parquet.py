@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
-from allmlp.data.source import GROUP, Joined, PackedBytes
+from allmlp.data.source import GROUP, Images, Joined, PackedBytes
 from allmlp.data.source_spec import LABEL_OPTIONS, SourceSpec, by_split
 from allmlp.data.sources.columns import LABEL_COLUMNS, Kind, Rows, choose_column
 from allmlp.errors import UserError
@@ -27,6 +27,7 @@ from allmlp.io import parse_json
 from allmlp.names import import_extra
 
 HELD_BYTES = 2**30  # encoded images per split
+Cells = Callable[[str], RawLabels]  # reads a column
 
 
 def parquet_files(spec: SourceSpec) -> list[Path]:
@@ -44,37 +45,37 @@ def open_parquet(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
     """Yields the splits, found by file name or else by a column; reads no images."""
     splits = by_split(parquet_files(spec))
     for split, files in splits.items():
-        schema = open_file(files[0]).schema_arrow
-        kinds = {field.name: str(field.type) for field in schema}
-        with_bytes = re.compile(r"struct<(.*, )?bytes: \w*binary")
-        images = [name for name, kind in kinds.items() if with_bytes.match(kind)]
-        named = [name for name in schema.names if name in ("image", "img")]
-        column = choose_column("image", spec, schema.names, images or named, files[0])
-        if column not in images:
-            what = f"column {column!r} is {kinds[column]}, not struct<bytes: binary, ..."
-            fix = "Give a file in the Hugging Face image layout"
-            raise UserError(what, where=files[0], fix=fix)
+        own = None if list(splits) == ["train"] else split
+        schema, cells = open_file(files[0]).schema_arrow, functools.partial(_cells, files)
+        column = image_column(spec, schema, files[0])
         _check_same(files, column)
-        parts = [ParquetImages(file, column) for file in files]
+        _row_group.cache_clear()  # a file of the same name may have replaced an earlier one
+        parts = tuple(ParquetImages(file, column) for file in files)
         if not any(map(len, parts)):
             raise UserError("the files have no rows", where=", ".join(files[:3]))
-        _row_group.cache_clear()  # a file of the same name may have replaced an earlier one
-        own = None if list(splits) == ["train"] else split
-        cells = functools.partial(_cells, files)
-        prepare = functools.partial(hold, parts)
-        columns, likely = arrow_columns(schema, column, cells)
-        yield Rows(Joined(tuple(parts)), columns, own, likely, file=files[0], prepare=prepare)
+        more = {"split": own, "file": files[0], "prepare": functools.partial(hold, parts)}
+        yield arrow_rows(Joined(parts), column, schema, cells, **more)
 
 
-def arrow_columns(
-    schema: Any, image: str, cells: Callable[[str], RawLabels]
-) -> tuple[dict[str, Callable[[], RawLabels]], Sequence[str]]:
+def image_column(spec: SourceSpec, schema: Any, file: str) -> str:
+    kinds = {field.name: str(field.type) for field in schema}
+    images = [name for name in kinds if re.match(r"struct<(.*, )?bytes: \w*binary", kinds[name])]
+    named = [name for name in kinds if name in ("image", "img")]
+    column = choose_column("image", spec, schema.names, images or named, file)
+    if column not in images:
+        what = f"column {column!r} is {kinds[column]}, not struct<bytes: binary, ..."
+        fix = f"Columns of images: {', '.join(images) or 'none'}"
+        raise UserError(what, where=file, fix=fix)
+    return column
+
+
+def arrow_rows(images: Images, image: str, schema: Any, cells: Cells, **more: Any) -> Rows:
     names = [name for name in schema.names if name != image]
     named = [name for name in names if name.casefold() in LABEL_COLUMNS]
     fitting = [name for name in named if _holds_labels(schema.field(name).type)]
     classes = [name for name in names if class_names_of(schema, name) is not None]
     columns = {name: functools.partial(cells, name) for name in names}
-    return columns, classes or fitting or named
+    return Rows(images, columns, likely=classes or fitting or named, **more)
 
 
 def arrow_cells(values: Any, class_names: list[str] | None, column: str, file: object) -> RawLabels:
