@@ -194,18 +194,6 @@ def test_damaged_files(tmp_path: Path, held: bool):
         assert raised.value.where == str(path)
 
 
-def test_stored_small_and_large_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Copies of one image are stored once: the metadata's size is no bound."""
-    big = encode(draw(1, (200, 200)))
-    name = write(tmp_path / "x.parquet", ["a"] * 30, files=[big] * 30, row_group_size=10)
-    assert Path(name).stat().st_size < 6 * len(big)
-    for room in (10**9, 10 * len(big)):
-        monkeypatch.setattr(parquet, "HELD_BYTES", room)
-        source = open_source(name)
-        assert (source.images.parts[0].held is not None) is (room == 10**9)
-        assert source.read(29) == big
-
-
 def test_without_labels(tmp_path: Path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "x.parquet"

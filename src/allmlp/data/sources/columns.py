@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
-from allmlp.data.source import FOLD, GROUP, Images, PackedStrings, Source, unlabelled, values_of
+from allmlp.data.source import (
+    FOLD,
+    GROUP,
+    Images,
+    PackedStrings,
+    Source,
+    subset,
+    unlabelled,
+    values_of,
+)
 from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
 from allmlp.errors import UserError, one_of
 
@@ -96,21 +105,9 @@ def divide(
         at = np.flatnonzero([own == split for own in splits])
         if len(at):
             said = (*rows.notes, *(notes if labels else ()), *filter(None, [more.get(split)]))
-            yield (
-                split,
-                replace(
-                    whole,
-                    labels=whole.labels[at],
-                    indices=whole.indices[at],
-                    notes=said,
-                    columns=columns or whole.columns,
-                ),
-                None if raw is None else _some(raw, rows, at),
-            )
-
-
-def _some(raw: RawLabels, rows: Rows, at: np.ndarray) -> RawLabels:
-    return replace(raw, codes=raw.codes[at], where=lambda index: rows.named(int(at[index])))
+            source = replace(subset(whole, at, ""), notes=said, columns=columns or whole.columns)
+            where = lambda index, at=at: rows.named(int(at[index]))  # noqa: E731
+            yield split, source, raw and replace(raw, codes=raw.codes[at], where=where)
 
 
 def _texts(rows: Rows, column: str, role: str) -> list[str]:

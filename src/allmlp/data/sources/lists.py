@@ -59,13 +59,10 @@ def open_list(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 
     def check(splits: list[str], raw: RawLabels) -> dict[str, str]:
         repeated = _check_repeats(splits, raw, paths, path.parent, where)
+        if GROUP in spec.options:  # which may keep them together
+            return {}
         note = "an image is there twice in {} of {}: holdouts and folds may have it on both sides"
-        kept_together = GROUP in spec.options
-        return {
-            split: note.format(plural(number, "row"), path.name)
-            for split, number in repeated.items()
-            if not kept_together
-        }
+        return {at: note.format(plural(n, "row"), path.name) for at, n in repeated.items()}
 
     yield Rows(
         images,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import glob
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,10 @@ class ParquetImages:
 
     def __post_init__(self) -> None:
         metadata = open_file(self.file).metadata
-        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self.starts = np.cumsum([0, *counts])  # the first row of each row group, and the end
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        # The first row of each row group, and the end.
+        self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        self.num_bytes = sum(group.total_byte_size for group in groups)  # not compressed
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -152,27 +154,13 @@ class ParquetImages:
 
 
 def hold(parts: Sequence[ParquetImages]) -> None:
-    """Reads the images into memory, unless they are too large; files store equal ones only once."""
-    room = HELD_BYTES
-    if sum(os.path.getsize(part.file) for part in parts) > room:
+    """Reads the images into memory, unless they are too large."""
+    if sum(part.num_bytes for part in parts) > HELD_BYTES:
         return
-    held: list[PackedBytes] = []
-
-    def images(part: ParquetImages) -> Iterator[bytes]:
-        nonlocal room
-        for group, first in enumerate(part.starts[:-1].tolist()):
-            for data in _row_group.__wrapped__(part.file, part.column, group, first):
-                room -= len(data)
-                if room < 0:
-                    return
-                yield data
-
     for part in parts:
-        held.append(PackedBytes(images(part)))
-        if room < 0:
-            return
-    for part, own in zip(parts, held, strict=True):
-        part.held = own
+        groups = enumerate(part.starts[:-1].tolist())
+        read = (_row_group.__wrapped__(part.file, part.column, *group) for group in groups)
+        part.held = PackedBytes(chain.from_iterable(read))
 
 
 @functools.lru_cache(maxsize=2)
