@@ -289,7 +289,7 @@ def test_numbers_become_classes(tmp_path: Path):
 
 
 RULES = (("x", []), ("bins", [8, 16]), ("bins", [8.5, 2]), ("bins", [8]), ("shift", [3, 1]),
-         ("between", [0, 1]), ("between", [0, 2, 1]), ("between", ["0", 1, 2]))  # fmt: skip
+         ("between", [0, 1]), ("between", [0, 2, 1]))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ RULES = (("x", []), ("bins", [8, 16]), ("bins", [8.5, 2]), ("bins", [8]), ("shif
         ({"source": "FOLDER", "splits": {"test": ["test"]}}, "unknown split 'test'"),
         ({"labels": {"rule": "shift", "numbers": [3, 8]}}, "'0'"),
         *(({"labels": {"rule": rule, "numbers": n}}, repr(rule)) for rule, n in RULES),
-        ({"labels": "between"}, "no source"),
+        ({"labels": "between"}, "labels"),
     ],
 )
 def test_what_is_no_subset_file(class_folder: Path, changes: dict, value: str):

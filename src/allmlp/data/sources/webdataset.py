@@ -9,7 +9,6 @@ import functools
 import os
 import tarfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +47,30 @@ def open_tars(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
 def _samples(
     path: str, number: int, labels: bool
 ) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
-
-    def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
-        folder, base = os.path.split(item[0].name)
-        return folder, base.partition(".")[0]
-
-    for _, members in groupby(_members(path), key):  # the members of a sample are adjacent
-        image, label = None, None
-        for member, text in members:
-            if text is not None:
-                own = _label(member.name, text, path) if labels else None
-                label = label if own is None else own
-            elif os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                if image is not None:
-                    what = f"two images of one sample: {image.name}, {member.name}"
-                    raise UserError(what, where=path, fix="A sample has one image")
-                image = member
-        if image is not None:
-            yield (number, image.offset_data, image.size), image.name, label
-
-
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Yields (file, offset, length), name and label of every image; None if it has no label."""
+    images: dict[tuple[str, str], tuple[tuple[int, int, int], str]] = {}
+    cells: dict[tuple[str, str], Any] = {}
     try:
         with open(path, "rb") as file:
             for member in tar_members(path):
-                text = None
-                if member.name.lower().endswith((".cls", ".json")):
+                folder, base = os.path.split(member.name)
+                key, suffix = (folder, base.partition(".")[0]), os.path.splitext(base)[1].lower()
+                if base.startswith("."):  # macOS adds hidden files
+                    continue
+                if suffix in SUFFIXES:
+                    if key in images:
+                        what = f"two images of one sample: {images[key][1]}, {member.name}"
+                        raise UserError(what, where=path, fix="A sample has one image")
+                    images[key] = (number, member.offset_data, member.size), member.name
+                elif labels and suffix in (".cls", ".json"):
                     file.seek(member.offset_data)
-                    text = file.read(min(member.size, _LABEL_BYTES))
-                if not os.path.basename(member.name).startswith("."):  # macOS adds hidden files
-                    yield member, text
+                    label = _label(member.name, file.read(min(member.size, _LABEL_BYTES)), path)
+                    cells[key] = cells.get(key) if label is None else label
     except (tarfile.TarError, OSError, EOFError) as error:
         what = f"the tar is damaged, cut short or compressed: {error}"
         raise UserError(what, where=path, fix="Fetch it again; unpack .gz first") from error
+    for key, image in images.items():
+        yield *image, cells.get(key)
 
 
 def _label(name: str, text: bytes, path: str) -> Any:
