@@ -54,14 +54,14 @@ def search(name: str, num_workers: int | None) -> None:
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     images = sum(map(len, splits.values()))
     print(f"{images:,} images in {seconds:.1f} s; peak {peak:,.0f} MiB, a worker {worker:,.0f} MiB")
-    kinds = np.bincount(found.kind, minlength=len(KINDS))
+    kinds = np.bincount(found.pairs["kind"], minlength=len(KINDS))
     print(", ".join(f"{kind}: {count:,}" for kind, count in zip(KINDS, kinds, strict=True)))
     for one, counts in found.counts().items():
         for other, number in counts.items():
             print(f"images of {one} with a duplicate in {other}: {number:,}")
     print(f"pairs of different classes: {found.other_label().sum():,}")
     print(f"compared for equality only: {found.num_plain:,}; distance {found.distance}")
-    for split, number in Counter(pair.second[0] for pair in found.to_exclude()).items():
+    for split, number in Counter(split for split, *_ in found.to_exclude()).items():
         print(f"to exclude, {split}: {number:,}")
 
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 from allmlp.data.source import EncodedImages, labelled
-from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import open_source
 from allmlp.data.sources.packed import pack_splits
 from allmlp.data.sources.parquet import ParquetImages
@@ -79,7 +78,7 @@ def main() -> None:
         table = pa.table({"image": images, "label": labels})
         path = folder / "parquet" / "train.parquet"
         parquet.write_table(table, path, row_group_size=100, compression="none")
-        rows = ParquetImages([str(path)], parse_name(str(path)))
+        rows = ParquetImages(str(path), "image")
         began = time.perf_counter()
         arrow = open_source(str(folder / "arrow"))
         print(f"Arrow opened in {1000 * (time.perf_counter() - began):.0f} ms")

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -401,10 +401,8 @@ def samples(source: Source, seed: int = 0) -> Figure:
 
 def duplicate_pairs(duplicates: Duplicates) -> Figure:
     """Returns pairs of duplicates side by side, most different first."""
-    order = duplicates.most_different_first()[:_MAX_PAIRS]
     images, captions, colors = [], [], []
-    for at, number in enumerate(order):
-        pair = duplicates.pair(int(number))
+    for at, pair in enumerate(islice(duplicates.most_different_first(), _MAX_PAIRS)):
         kind = pair.kind if pair.difference == 0 else f"{pair.kind} {pair.difference:.3f}"
         for (split, index), last in ((pair.first, kind), (pair.second, " ")):
             source = duplicates.splits[split]
@@ -413,6 +411,6 @@ def duplicate_pairs(duplicates: Duplicates) -> Figure:
             captions.append(f"{escape(split)}[{index}]\n{name}\n{last}")
             colors.append(_PAIR_COLORS[at % 2])
     title = f"{len(duplicates):,} pairs of duplicates, the most different first"
-    if len(order) < len(duplicates):
-        title += f" ({len(order)} shown)"
+    if len(duplicates) > _MAX_PAIRS:
+        title += f" ({_MAX_PAIRS} shown)"
     return grid(images, captions, title, columns=8, colors=colors)

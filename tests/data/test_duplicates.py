@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from allmlp.data import check as module
-from allmlp.data.check import Duplicates, duplicates_to_exclude, find_duplicates, near_pairs
+from allmlp.data.check import PAIRS, Duplicates, find_duplicates, near_pairs
 from allmlp.data.fingerprint import exclude, exclude_list, read_exclude_list
 from allmlp.data.source import EncodedImages, PackedBytes, Source, labelled
 from allmlp.errors import UserError
@@ -35,8 +35,7 @@ def source(files: list[bytes], name: str = "train", labels: list[int] | None = N
 
 
 def pairs(found: Duplicates) -> set[tuple[str, int, str, int, str]]:
-    every = [found.pair(number) for number in range(len(found))]
-    return {(*pair.first, *pair.second, pair.kind) for pair in every}
+    return {(*one, *other, kind) for one, other, kind, _ in found.most_different_first()}
 
 
 def brute_force(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
@@ -95,7 +94,7 @@ def test_changed_copies_are_found_and_other_pictures_are_not(name: str):
     test = source([change(images[3]), encode(photo(100)), change(images[20])], "test")
     found = find_duplicates({"train": train, "test": test}, num_workers=0)
     assert pairs(found) == {("train", 3, "test", 0, "near"), ("train", 20, "test", 2, "near")}
-    assert np.all((found.difference > 0) & (found.difference < 0.07))
+    assert all(0 < pair["difference"] < 0.07 for pair in found.pairs)
 
 
 def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
@@ -110,9 +109,8 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
         ("train", 0, "train", 4, "near"),
     }
     assert found.other_label().tolist() == [True, False, False]
-    assert [(gone.second[1], gone.kind) for gone in found.to_exclude()] == [
-        *((2, "same file"), (3, "same pixels"), (4, "near"))
-    ]
+    gone = [(at, why.partition(" train")[0]) for _, at, why in found.to_exclude()]
+    assert gone == [(2, "same file as"), (3, "same pixels as"), (4, "near duplicate of")]
     exact = find_duplicates({"train": source(files)}, near=False, num_workers=0)
     assert len(exact) == 2
 
@@ -137,9 +135,8 @@ def three_splits() -> dict[str, Source]:
 def listed(tmp_path: Path) -> tuple[dict[str, Source], Path]:
     """Three splits and the list of what to exclude."""
     splits, path = three_splits(), tmp_path / "list.txt"
-    path.write_text(
-        exclude_list(splits, duplicates_to_exclude(find_duplicates(splits, num_workers=0)), "made")
-    )
+    found = find_duplicates(splits, num_workers=0)
+    path.write_text(exclude_list(splits, found.to_exclude(), "made"))
     return splits, path
 
 
@@ -164,9 +161,8 @@ def test_the_list_keeps_test_and_the_first(listed):
 def test_a_chain_keeps_what_is_no_duplicate_of_what_stays():
     """a ~ b ~ c, but not a ~ c: b goes, a and c stay."""
     data = {"train": source([encode(photo(seed)) for seed in range(3)])}
-    ends, kind = (np.array([0, 1]), np.array([1, 2])), np.array([2, 2], dtype=np.uint8)
-    chain = Duplicates(data, *ends, kind, np.zeros(2, dtype=np.float32))
-    assert [gone.second[1] for gone in chain.to_exclude()] == [1]
+    chain = Duplicates(data, np.array([(0, 1, 2, 0.0), (1, 2, 2, 0.0)], dtype=PAIRS))
+    assert [at for _, at, _ in chain.to_exclude()] == [1]
 
 
 def test_a_list_is_for_its_own_data(listed):
@@ -202,7 +198,7 @@ def test_strange_names_survive_the_file(tmp_path: Path):
     name, path = "a\tb\\c\n\udce9", tmp_path / "list.txt"
     data = source([encode(photo(1))] * 2, name)
     found = find_duplicates({"train": data}, num_workers=0)
-    text = exclude_list(found.splits, duplicates_to_exclude(found), "odd\n")
+    text = exclude_list(found.splits, found.to_exclude(), "odd\n")
     path.write_bytes(text.encode(errors="surrogateescape"))
     excluded = read_exclude_list(path)
     assert excluded.images["train"] == {1: f"{name}[1]"}

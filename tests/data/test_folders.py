@@ -117,13 +117,6 @@ def test_names_of_splits(tmp_path: Path, names: tuple[str, str], doubled: bool):
     assert notes_of(splits) == []
 
 
-def test_a_class_may_be_called_train(tmp_path: Path):
-    make_class_folder(tmp_path / "train", {"bus": 2, "car": 2, "train": 2})
-    make_class_folder(tmp_path / "test", {"bus": 1, "car": 1, "train": 1}, start=9)
-    for source in (open_source(str(tmp_path)), open_source(str(tmp_path / "train"))):
-        assert source.class_names == ["bus", "car", "train"]
-
-
 @pytest.mark.parametrize(
     ("folders", "named"),
     [
@@ -160,6 +153,7 @@ def test_folders_that_are_no_classes(tmp_path: Path, folders: list[str], named: 
         (["test tube", "train station"], ["test tube", "train station"]),
         (["fold1", "plain"], ["fold1", "plain"]),
         (["train/dev", "train/ops", "test/dev"], ["dev", "ops"]),
+        (["train/bus", "train/train", "test/bus", "test/train"], ["bus", "train"]),
     ],
 )
 def test_folders_that_are_classes(tmp_path: Path, folders: list[str], classes: list[str]):

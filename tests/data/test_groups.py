@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
 from allmlp.data.check import check_source
-from allmlp.data.groups import deal, deal_folds, hold_out, shared_groups
+from allmlp.data.groups import deal, deal_folds, shared_groups
 from allmlp.data.source import Source, values_of
 from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.data.sources.packed import pack_splits
@@ -176,27 +176,14 @@ def test_columns_of_parquet_files(tmp_path: Path):
     columns = {"image": images, "label": [0, 1] * 6, "patient": [at // 3 for at in range(12)]}
     columns |= {"is_valid": [at >= 9 for at in range(12)], "fold": [at % 2 for at in range(12)]}
     pq.write_table(pa.table(columns), tmp_path / "all.parquet", row_group_size=5)
-    name = f"{tmp_path / 'all.parquet'}#group=patient"
-    splits = open_splits(name)
+    splits = open_splits(f"{tmp_path / 'all.parquet'}#group=patient")
     assert {split: len(source) for split, source in splits.items()} == {"train": 9, "validation": 3}
     assert splits["validation"].read(0) == encode(draw(9))
     assert splits["validation"].labels.tolist() == [1, 0, 1]
-    assert shared_groups(splits) == []
-    assert len(notes_of(splits)) == 2
-    kept, chosen, _ = hold_out(splits["train"], 0.3)
-    assert sorted([*kept, *chosen]) == [*range(9)]
-    assert len({int(at) // 3 for at in chosen}) == len(chosen) // 3 == 1
-    folds, _ = deal_folds(open_source(f"{tmp_path / 'all.parquet'}:train"), 2)
-    assert folds.tolist() == [0, 1] * 4 + [0]
-    columns["group"] = columns.pop("patient")  # only a name, as long as nobody asks for it
-    pq.write_table(pa.table(columns), tmp_path / "named.parquet")
-    assert values_of(open_source(f"{tmp_path / 'named.parquet'}:train"), "group") is None
-    columns["patient"] = columns.pop("group")
-    columns["patient"][4] = None
+    assert values_of(splits["train"], "group") == [str(at // 3) for at in range(9)]
+    assert values_of(splits["validation"], "fold") == ["1", "0", "1"]
     pq.write_table(pa.table(columns), tmp_path / "all-test.parquet")
     assert list(open_splits(str(tmp_path / "all-test.parquet"))) == ["test"]  # the name says it
-    with pytest.raises(UserError, match="group is empty"):
-        open_splits(f"{tmp_path / 'all-test.parquet'}#group=patient")
 
 
 @pytest.mark.parametrize(("group", "path"), [("folder", "{}/{}.png"), ("_", "{}_{}.png")])

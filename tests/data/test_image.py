@@ -46,15 +46,11 @@ def test_all_eight_orientations_give_one_picture(kind):
         image = EncodedImage(data, "x")
         decoded = image.decode().astype(int)
         assert image.size == decoded.shape[:2] == upright.shape[:2]
+        if kind in ("JPEG", "PNG"):  # the paper's protocol
+            stored = EncodedImage(data, "x", exif_orientation=False)
+            assert stored.size == stored.decode().shape[:2] == arrow(orientation).size[::-1]
         limit = 40 if kind in ("JPEG", "AVIF") else 0
         assert np.abs(decoded - upright).max() <= limit, orientation
-
-
-def test_the_papers_protocol_leaves_pictures_as_they_are_stored():
-    for kind in ("PNG", "JPEG"):
-        data = encode(arrow(6), kind, exif=turned(6))
-        image = EncodedImage(data, "x", exif_orientation=False)
-        assert (*image.size, 3) == image.decode().shape == (16, 24, 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

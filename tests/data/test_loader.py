@@ -5,19 +5,17 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from allmlp.data import loader, sampler, workers
+from allmlp.data import loader, workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
 from allmlp.data.sampler import BalancedOrder, Order, locate
@@ -257,29 +255,3 @@ def test_evaluation_reads_each_image_once_and_in_order(class_folder: Path):
         assert indices == [index for index in range(20) if index != 4]
         assert [image.index for batch in batches for image in batch.bad] == [4]
         assert sum(len(batch.images) for batch in batches) == 19
-
-
-def test_the_order_of_many_images_is_drawn_an_epoch_ahead(monkeypatch: pytest.MonkeyPatch):
-    """In a thread, and it is the same."""
-    threads: dict[int, threading.Thread] = {}
-
-    def noting(seed: int, use: int, epoch: int, make: Any = sampler.generator) -> Any:
-        threads[epoch] = threading.current_thread()
-        return make(seed, use, epoch)
-
-    plain = []
-    for epoch in range(3):
-        order = np.arange(40)
-        sampler.generator(31, sampler.ORDER, epoch).shuffle(order)
-        plain += [(epoch, index) for index in order]
-    monkeypatch.setattr(sampler, "generator", noting)
-    monkeypatch.setattr(sampler, "MANY", 40)
-    assert [locate(31, position, 40) for position in range(21)] == plain[:21]
-    assert [*threads] == [0]
-    assert locate(31, 21, 40) == plain[21]
-    until = time.monotonic() + 20
-    while 1 not in threads and time.monotonic() < until:
-        time.sleep(0.001)
-    assert 1 in threads
-    assert threading.current_thread() not in threads.values()
-    assert [locate(31, position, 40) for position in range(22, 120)] == plain[22:]

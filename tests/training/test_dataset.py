@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp.data.check import duplicates_to_exclude, find_duplicates
+from allmlp.data.check import find_duplicates
 from allmlp.data.fingerprint import exclude_list
 from allmlp.data.image import EncodedImage
 from allmlp.data.sources import open_splits
@@ -122,7 +122,7 @@ def test_a_drop_list_leaves_training_and_validation_images_out_and_test_whole(tm
     drops = tmp_path / "copies.txt"
     splits = open_splits(str(data))
     found = find_duplicates(splits, num_workers=0)
-    drops.write_text(exclude_list(found.splits, duplicates_to_exclude(found), "data"))
+    drops.write_text(exclude_list(found.splits, found.to_exclude(), "data"))
     run = tiny_run(data, tmp_path / "run", data__exclude=str(drops)).run_folder
     said = (run / "log.txt").read_text()
     assert "10 images to train, 10 to validate (the data's own), 11 to test" in said

@@ -55,7 +55,7 @@ class CheckOptions(Options):
 
 def check(source: str, options: CheckOptions) -> Done:
     from allmlp.console import Reporter
-    from allmlp.data.check import FILES, check_source, duplicates_to_exclude, save_report
+    from allmlp.data.check import FILES, check_source, save_report
     from allmlp.data.fingerprint import exclude_list
     from allmlp.data.source_spec import parse_name
     from allmlp.data.sources import open_splits, packed, read_from
@@ -99,12 +99,12 @@ def check(source: str, options: CheckOptions) -> Done:
         problems = packed.verify(path)
         _say_list(report, "problems of the packed data", problems)
     if options.exclude is not None and duplicates is not None:
-        text = exclude_list(splits, duplicates_to_exclude(duplicates), source)
+        text = exclude_list(splits, duplicates.to_exclude(), source)
         if options.exclude == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         else:
             atomic_write(expand(options.exclude), text)
-        counts = Counter(pair.second[0] for pair in duplicates.to_exclude())
+        counts = Counter(split for split, *_ in duplicates.to_exclude())
         listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
         report.say(f"\nto exclude  {options.exclude}: {listed or 'no images'}")
     if folder is None:
@@ -183,7 +183,7 @@ def print_duplicates(report: Reporter, found: Duplicates) -> None:
 
     report.say(f"\nduplicates: {plural(len(found), 'pair')}")
     if len(found):
-        counts = np.bincount(found.kind, minlength=len(KINDS))
+        counts = np.bincount(found.pairs["kind"], minlength=len(KINDS))
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in zip(KINDS, counts, strict=True))
         report.say(f"{kinds}; images of a split (row) that have a duplicate in a split (column):")
         report.table(

@@ -47,7 +47,6 @@ def entries(path: str) -> dict[str, bool] | None:
 
 
 def read(path: str) -> bytes | None:
-    """Returns a file in an archive; None if the path is not one."""
     archive, inside = _divided(path) or (path, "")
     place = _opened(archive)[0].get(inside)
     if place is None:

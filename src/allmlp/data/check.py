@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -55,11 +55,13 @@ DISTANCE = 10  # bits of 64
 CORRELATION = 0.93
 LEAST_TEXTURE = 3.0  # RMS grey levels of the thumbnail minus its plane
 KINDS = ("same file", "same pixels", "near")
+# Two images, the first before the second; index into `KINDS`; 1 - correlation of the thumbnails.
+PAIRS = np.dtype([("first", "i8"), ("second", "i8"), ("kind", "u1"), ("difference", "f4")])
 NEAR = KINDS.index("near")
 _PROTECTED = ("test", "validation")  # never excluded because of a split further right
 _BATCH = 2048  # thumbnails per comparison
 _BLOCK = 2**18  # hashes per comparison
-_WHY = {"same file": "same file as", "same pixels": "same pixels as", "near": "near duplicate of"}
+_WHY = ("same file as", "same pixels as", "near duplicate of")  # by kind
 
 
 def check_source(
@@ -92,7 +94,6 @@ def check_source(
 
 
 def _describe(source: Source, scanned: Scan) -> dict[str, Any]:
-    """The contents of one split; only image and class counts include unreadable images."""
     places = np.flatnonzero(scanned.facts["readable"])
     fields = ("num_bytes", "height", "width", "format", "mode", "brightest")
     facts = {name: scanned.facts[name][places] for name in fields}  # without thumbnails
@@ -148,8 +149,8 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
         columns = ("split", "index", "name", "class")
         ends = [f"{column}_{end}" for end in (1, 2) for column in columns]
         rows: list[list[object]] = [[*ends, "kind", "difference"]]
-        for number in found.most_different_first():
-            pair, cells = found.pair(int(number)), []
+        for pair in found.most_different_first():
+            cells: list[object] = []
             for split, index in (pair.first, pair.second):
                 source = found.splits[split]
                 cells += [split, index, source.item_name(index), source.label_text(index)]
@@ -162,11 +163,8 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
 # The pass
 
 
-@dataclass(frozen=True)
-class Scan:
-    """Facts of a split, `FACTS` (num_images,); all zero for unreadable images."""
-
-    facts: np.ndarray
+class Scan(NamedTuple):
+    facts: np.ndarray  # `FACTS` (num_images,); all zero for unreadable images
     unreadable: list[BadImage]
 
 
@@ -229,35 +227,29 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 # Duplicates
 
 
-@dataclass(frozen=True)
-class DuplicatePair:
+class DuplicatePair(NamedTuple):
     """Two images by split and index; `difference` is 1 - correlation, 0 for equal pixels."""
 
     first: tuple[str, int]
     second: tuple[str, int]
     kind: str
-    difference: float = 0.0
+    difference: float
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The duplicate pairs of a data set; images are numbered across all splits.
-
-    A copy is paired only with its first occurrence, near duplicates are pairs of first occurrences.
-    """
+    """Images are numbered across all splits; a copy is paired only with its first occurrence, and
+    near duplicates are pairs of first occurrences."""
 
     splits: Mapping[str, Source]
-    first: np.ndarray  # int64 (num_pairs,)
-    second: np.ndarray  # greater than `first`
-    kind: np.ndarray  # uint8 (num_pairs,), indices into `KINDS`
-    difference: np.ndarray  # float32 (num_pairs,), 1 - correlation of the thumbnails
+    pairs: np.ndarray  # `PAIRS` (num_pairs,), in order
     num_plain: int = 0  # images with too little texture or too few pixels for near duplicates
     # Search distance in bits: reduced if there are too many candidates, -1 if even equal hashes
     # are too many.
     distance: int = DISTANCE
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self.pairs)
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -268,31 +260,27 @@ class Duplicates:
         place = int(np.searchsorted(self.offsets, image, side="right")) - 1
         return list(self.splits)[place], int(image - self.offsets[place])
 
-    def pair(self, number: int) -> DuplicatePair:
-        ends = self.locate(int(self.first[number])), self.locate(int(self.second[number]))
-        return DuplicatePair(*ends, KINDS[self.kind[number]], float(self.difference[number]))
-
     def other_label(self) -> np.ndarray:
-        """Returns which pairs have different classes, bool (num_pairs,)."""
         texts = [s.label_text(at) for s in self.splits.values() for at in range(len(s))]
         labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
-        return labels[self.first] != labels[self.second]
+        return labels[self.pairs["first"]] != labels[self.pairs["second"]]
 
-    def most_different_first(self) -> np.ndarray:
-        """Returns the pair numbers in order of decreasing difference, int64 (num_pairs,)."""
-        return np.lexsort((np.arange(len(self)), self.kind == 0, -self.difference))
+    def most_different_first(self) -> Iterator[DuplicatePair]:
+        order = np.lexsort((self.pairs["kind"] == 0, -self.pairs["difference"]))
+        for first, second, kind, difference in self.pairs[order].tolist():
+            yield DuplicatePair(self.locate(first), self.locate(second), KINDS[kind], difference)
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
         """Maps each image to its duplicates, by split, in order; copies share an entry."""
         copies: dict[int, list[int]] = {}
         near: dict[int, list[int]] = {}
-        for one, other, kind in zip(*map(list, (self.first, self.second, self.kind)), strict=True):
+        for one, other, kind, _ in self.pairs.tolist():
             if kind == NEAR:
-                near.setdefault(int(one), []).append(int(other))
-                near.setdefault(int(other), []).append(int(one))
+                near.setdefault(one, []).append(other)
+                near.setdefault(other, []).append(one)
             else:
-                copies.setdefault(int(one), [int(one)]).append(int(other))
+                copies.setdefault(one, [one]).append(other)
         found: dict[int, dict[str, list[int]]] = {}
         for original in {*copies, *near}:
             alike = [original, *near.get(original, [])]
@@ -312,11 +300,11 @@ class Duplicates:
                 counts[own][split] += len(there) > 1 or there[0] != image
         return counts
 
-    def to_exclude(self) -> Iterator[DuplicatePair]:
-        """Yields pairs of an image to keep and one to exclude; test and validation images stay."""
-        is_copy = self.kind != NEAR
-        copies = zip(self.second[is_copy], self.first[is_copy], self.kind[is_copy], strict=True)
-        original = {int(copy): (int(first), int(kind)) for copy, first, kind in copies}
+    def to_exclude(self) -> Iterator[tuple[str, int, str]]:
+        """Yields (split, index, why) of the images to exclude to remove all duplicates; test and
+        validation images stay."""
+        rows = self.pairs[self.pairs["kind"] != NEAR].tolist()
+        original = {copy: (first, kind) for first, copy, kind, _ in rows}
         gone: set[int] = set()
         for image in sorted(self.partners):
             split = self.locate(image)[0]
@@ -330,7 +318,9 @@ class Duplicates:
             gone.add(image)
             (one, kind), (other, its_kind) = (original.get(at, (at, 0)) for at in (kept, image))
             kind = max(kind, its_kind) if one == other else NEAR
-            yield DuplicatePair(self.locate(kept), self.locate(image), KINDS[kind])
+            there, at = self.locate(kept)
+            why = f"{_WHY[kind]} {there}[{at}] {self.splits[there].item_name(at)}"
+            yield *self.locate(image), why
 
 
 def find_duplicates(
@@ -340,7 +330,6 @@ def find_duplicates(
     num_workers: int | None = None,
     scans: dict[str, Scan] | None = None,
 ) -> Duplicates:
-    """Finds duplicates among all images; `scans` are existing scans of the splits."""
     scans = scans or scan(splits, num_workers=num_workers)
     facts = np.concatenate([scans[name].facts for name in splits])
     usable = np.flatnonzero(facts["readable"])
@@ -348,10 +337,9 @@ def find_duplicates(
     digests = facts["pixel_digest"][usable]
     _, firsts, inverse = np.unique(digests, return_index=True, return_inverse=True)
     original[usable] = usable[firsts][inverse]
-    second = np.flatnonzero(original != np.arange(len(facts)))
-    first = original[second]
-    kind = (facts["file_digest"][first] != facts["file_digest"][second]).astype(np.uint8)
-    difference = np.zeros(len(first), dtype=np.float32)
+    copies = np.flatnonzero(original != np.arange(len(facts)))
+    files = facts["file_digest"]
+    pairs = _pairs(original[copies], copies, files[original[copies]] != files[copies], 0.0)
     distance, num_plain = DISTANCE, 0
     if near:
         thumbnails = facts["thumbnail"]
@@ -370,13 +358,17 @@ def find_duplicates(
             batch = slice(start, start + _BATCH)
             apart[batch] = 1 - correlation(thumbnails[one[batch]], thumbnails[other[batch]])
         alike = apart <= 1 - CORRELATION
-        first = np.concatenate([first, one[alike]])
-        second = np.concatenate([second, other[alike]])
-        kind = np.concatenate([kind, np.full(alike.sum(), NEAR, dtype=np.uint8)])
-        difference = np.concatenate([difference, np.maximum(apart[alike], 0)])
-    order = np.lexsort((second, first))
-    first, second, kind, difference = (c[order] for c in (first, second, kind, difference))
-    return Duplicates(splits, first, second, kind, difference, num_plain, distance)
+        near_ones = _pairs(one[alike], other[alike], NEAR, np.maximum(apart[alike], 0))
+        pairs = np.concatenate([pairs, near_ones])
+    pairs = pairs[np.lexsort((pairs["second"], pairs["first"]))]
+    return Duplicates(splits, pairs, num_plain, distance)
+
+
+def _pairs(first: np.ndarray, second: np.ndarray, kind: Any, difference: Any) -> np.ndarray:
+    pairs = np.empty(len(first), dtype=PAIRS)
+    pairs["first"], pairs["second"] = first, second
+    pairs["kind"], pairs["difference"] = kind, difference
+    return pairs
 
 
 def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -439,11 +431,3 @@ def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     a, b = residuals(one), residuals(other)
     scale = np.sqrt(np.einsum("np,np->n", a, a) * np.einsum("np,np->n", b, b))
     return np.einsum("np,np->n", a, b) / np.maximum(scale, 1e-6)
-
-
-def duplicates_to_exclude(duplicates: Duplicates) -> Iterator[tuple[str, int, str]]:
-    """Yields the images to exclude, to remove all duplicates."""
-    for pair in duplicates.to_exclude():
-        kept, at = pair.first
-        why = f"{_WHY[pair.kind]} {kept}[{at}] {duplicates.splits[kept].item_name(at)}"
-        yield *pair.second, why

@@ -25,23 +25,18 @@ _SEPARATORS = {"space": None, "comma": ",", "semicolon": ";", "tab": "\t"}
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels as stored in the data.
-
-    `values` are class names if the data lists them (`are_classes`; a code of -1 means no label),
-    else the distinct cells of a column in any order: text, numbers, true, false, None or, with
-    several labels per image, lists of these.
-    """
+    """Labels as stored in the data, where `values` are class names (-1 is no label) or the distinct
+    cells of a column: text, numbers, true, false, None, or lists of these (several labels)."""
 
     codes: np.ndarray  # int (num_images,), indices into `values`
     values: Sequence[Any]
     are_classes: bool = False
     several: bool = False  # every value is a tuple of labels; the classes' labels are multi-hot
     class_names: Sequence[str] | None = None  # of columns of 0 and 1
-    where: Callable[[int], object] | None = None  # names an image in errors; None: its own name
+    where: Callable[[int], object] = str  # names an image in errors
 
 
 def numbered(cells: Iterable[Any]) -> RawLabels:
-    """Returns the labels of a column, given its cells."""
     numbers: dict[object, int] = {}
     values: list[Any] = []
     codes: list[int] = []
@@ -103,13 +98,11 @@ def split_labels(
 
 
 def make_classes(
-    raw: RawLabels, item_name: Callable[[int], str], *, are_numbers: bool = False
+    raw: RawLabels, *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the class names and the labels, int64 or multi-hot; None if no image has a label.
-
-    With `are_numbers` the values feed a label rule, so -1, and 9 beside 9.0, are allowed.
-    """
-    where = raw.where or item_name
+    Numbers for a label rule may be -1, and 9 beside 9.0."""
+    where = raw.where
     if raw.are_classes:
         names = [str(name) for name in raw.values]
         if raw.codes.ndim == 2:  # multi-hot, of a subset
@@ -162,7 +155,6 @@ def make_classes(
 
 
 def label_text(value: object, where: object) -> str:
-    """Returns the class name for a cell: text, an integer, true or false."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -140,7 +140,6 @@ def deal(
 
 
 def shared_groups(splits: Mapping[str, Source]) -> list[str]:
-    """Returns a line for every two splits that share groups."""
     sets = {split: set(values_of(source, GROUP) or ()) for split, source in splits.items()}
     lines: list[str] = []
     for one, other in combinations(sets, 2):
@@ -152,7 +151,6 @@ def shared_groups(splits: Mapping[str, Source]) -> list[str]:
 
 
 def _numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Returns the distinct texts in natural order, and every image's index into them."""
     names = sorted(set(texts), key=natural_order)
     place = {name: at for at, name in enumerate(names)}
     return names, np.array([place[text] for text in texts])

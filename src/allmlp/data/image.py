@@ -139,7 +139,6 @@ class EncodedImage:
         return self._image
 
     def _read_orientation(self) -> int:
-        """Returns the EXIF orientation, 1 to 8; 1 if missing or invalid."""
         if self._markers and _APP1 not in self._markers:  # segment with EXIF and XMP
             return 1
         if self.format == "PNG" and not any(name in self.data for name in _PNG_EXIF):
@@ -205,7 +204,6 @@ class EncodedImage:
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def _to_8_bits(self, image: Image.Image) -> Image.Image:
-        """Converts to opaque 8-bit samples: transparent pixels are blended on white."""
         clear = image.info.get("transparency") if self.bits > 8 else None
         if image.mode.startswith("I"):  # 12 or 16 bits; convert() would clip at 255, not scale
             samples = np.asarray(image).astype(np.uint32)
@@ -240,7 +238,6 @@ class EncodedImage:
 
 @functools.cache
 def _formats(is_heic: bool) -> tuple[str, ...]:
-    """The formats to try; teaches Pillow to read HEIC, if that is installed."""
     if not (is_heic and HAS_HEIC):
         return FORMATS
     import pillow_heif  # pyright: ignore[reportMissingImports]

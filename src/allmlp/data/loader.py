@@ -107,7 +107,6 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def joined(parts: list[Batch]) -> Batch:
-    """Returns parts of a batch as one."""
     if len(parts) == 1:
         return parts[0]
     images, labels, indices = (
@@ -118,10 +117,7 @@ def joined(parts: list[Batch]) -> Batch:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Collates samples into a batch; those without pixels appear only in `bad`.
-
-    A worker process writes the pixels where the main process reads them, if there is room.
-    """
+    """Collates samples into a batch; those without pixels appear only in `bad`."""
     good = [(pixels, label, index) for pixels, label, index, _ in samples if pixels is not None]
     bad = [image for sample in samples for image in sample[3]]
     images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
@@ -135,6 +131,7 @@ def collate(samples: list[Sample]) -> Batch:
 def _stacked(images: tuple[np.ndarray, ...]) -> Tensor:
     num_bytes, shape = len(images) * images[0].nbytes, (len(images), *images[0].shape)
     dtype = torch.from_numpy(np.empty(0, images[0].dtype)).dtype
+    # A worker process writes the pixels where the main process reads them, if there is room.
     if get_worker_info() is not None and workers.is_room_for(num_bytes):
         with contextlib.suppress(RuntimeError, OSError):  # another process took the free memory
             storage = torch.UntypedStorage._new_shared(num_bytes)
@@ -157,8 +154,6 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yields the batches of some steps, on the device; a step is the same from any start.
 
-    Worker processes share a large batch: the first comes earlier, and less is in memory at once.
-
     A bad image is replaced by the next good one and listed in `Batch.bad`; a worker that dies, or
     gives no batch for `timeout` seconds (0: forever), raises an error that names it.
     """
@@ -168,6 +163,7 @@ def training_batches(
     num_workers = choose_workers(num_workers, source, preprocessing, 1)  # decodes during the step
     own = order.batch_size // order.world_size
     size, batch_bytes = own + order.with_neighbour, own * _image_bytes(preprocessing)
+    # Workers share a large batch: the first comes earlier, and less is in memory at once.
     number = min(own, math.ceil(batch_bytes / LARGEST_PART))
     parts = (
         step[size * part // number : size * (part + 1) // number]
@@ -271,8 +267,6 @@ class Images(Dataset[Any]):
 
 
 class _Samples(Images):
-    """Images for evaluation or, with a transform, for training."""
-
     def __init__(
         self,
         source: Source,
@@ -334,29 +328,16 @@ def load(
             pin_memory=pin_memory,
             prefetch_factor=ahead if num_workers else None,
         )
-        before = workers.on_child_end(signal.SIG_DFL)
-        with workers.starting():
+        with workers.on_child_end(signal.SIG_DFL), workers.starting():
             loaded = iter(loader)
-        workers.on_child_end(before)
     return _named_failures(images, loaded, timeout, closing)
 
 
 def _named_failures(
     images: Images, batches: Iterator[Any], timeout: float, closing: Tensor
 ) -> Iterator[Any]:
-    """Yields the batches; the error for a worker that dies or hangs names it."""
     try:
-        while True:
-            # torch raises wherever the main process is when a worker dies, mostly in the model;
-            # checking only here makes it possible to name the worker.
-            before = workers.on_child_end(workers.raise_if_one_died)
-            try:
-                workers.raise_if_one_died()
-                batch = _wait(batches, timeout)
-            finally:
-                workers.on_child_end(before)
-            if batch is None:
-                return
+        while (batch := _wait(batches, timeout)) is not None:
             yield batch
     except RuntimeError as error:
         message = str(error)
@@ -377,30 +358,32 @@ def _named_failures(
 def _wait(batches: Iterator[Any], timeout: float) -> Any:
     """Returns the next batch, None at the end; checks every second whether a worker has died."""
     begun = time.monotonic()
-    while True:
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            waited = time.monotonic() - begun
-            if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
+    # torch raises wherever the main process is when a worker dies, mostly in the model; checking
+    # only here makes it possible to name the worker.
+    with workers.on_child_end(workers.raise_if_one_died):
+        while True:
+            workers.raise_if_one_died()
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                waited = time.monotonic() - begun
+                if not str(error).startswith(_NONE_CAME) or 0 < timeout <= waited:
+                    raise
+            except (ConnectionError, EOFError):  # a worker died while sending a batch
+                for _ in range(50):  # until the system reports its exit
+                    workers.raise_if_one_died()
+                    time.sleep(0.1)
                 raise
-        except (ConnectionError, EOFError):  # a worker died while sending a batch
-            for _ in range(50):  # until the system reports its exit
-                workers.raise_if_one_died()
-                time.sleep(0.1)
-            raise
-        workers.while_waiting.get()()
+            workers.while_waiting.get()()
 
 
 def most_workers() -> int:
-    """Returns the maximum useful number of worker processes."""
     return max(64, 8 * (os.cpu_count() or 1))
 
 
 def choose_workers(
     num_workers: int | None, source: Source, preprocessing: Preprocessing, least: int = 0
 ) -> int:
-    """Returns the number of worker processes: the one given, or at least that many for images."""
     if num_workers is not None:
         return num_workers
     if preprocessing.kind == "arrays":

@@ -37,7 +37,6 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 def randaugment(
     pixels: np.ndarray, magnitude: float, random: np.random.Generator, num_layers: int = 2
 ) -> np.ndarray:
-    """Applies `num_layers` operations, drawn uniformly with replacement."""
     for number in random.integers(len(OPERATIONS), size=num_layers):
         operation = _IN_ORDER[number]
         pixels = operation(pixels, magnitude, random).reshape(pixels.shape)
@@ -45,7 +44,6 @@ def randaugment(
 
 
 def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
-    """Stretches each channel to the full range."""
     tables = []
     for channel in cv2.split(pixels):
         low, high = cv2.minMaxLoc(channel)[:2]
@@ -55,7 +53,6 @@ def autocontrast(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
 
 
 def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
-    """Equalizes the histogram of each channel."""
     tables = []
     for channel in cv2.split(pixels):
         counts = cv2.calcHist([channel], [0], None, [256], [0, 256])[:, 0].astype(np.int64)

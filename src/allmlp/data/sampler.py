@@ -7,53 +7,30 @@ reads positions n * batch_size to (n + 1) * batch_size - 1.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
 # Uses of a generator, so that no two uses share random numbers.
 ORDER, SAMPLE, STEP = range(3)
-MANY = 1_000_000  # images, whose order takes a noticeable time to draw: 300 million half a minute
 
 
 def generator(seed: int, use: int, *numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *numbers))))
 
 
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Returns the epoch's permutation of the indices 0 to num_images - 1."""
-    return _drawn(seed, epoch, num_images).result()
-
-
 @functools.lru_cache(maxsize=2)
-def _drawn(seed: int, epoch: int, num_images: int) -> Future[np.ndarray]:
-    """Starts to draw an epoch's order, if it takes long in a thread."""
-    drawn: Future[np.ndarray] = Future()
-
-    def draw() -> None:
-        try:
-            kind = np.uint32 if num_images <= 2**32 else np.int64  # the same order, half the memory
-            order = np.arange(num_images, dtype=kind)
-            generator(seed, ORDER, epoch).shuffle(order)
-            drawn.set_result(order)
-        except BaseException as error:  # for the thread that waits
-            drawn.set_exception(error)
-
-    if num_images < MANY:
-        draw()
-    else:
-        threading.Thread(target=draw, daemon=True).start()
-    return drawn
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    kind = np.uint32 if num_images <= 2**32 else np.int64  # the same order, half the memory
+    order = np.arange(num_images, dtype=kind)
+    generator(seed, ORDER, epoch).shuffle(order)
+    return order
 
 
 def locate(seed: int, position: int, num_images: int) -> tuple[int, int]:
     """Returns (epoch, index) for a position in the endless sequence."""
     epoch, place = divmod(position, num_images)
-    if num_images >= MANY and place > num_images // 2:
-        _drawn(seed, epoch + 1, num_images)  # so that nobody waits for it
     return epoch, int(epoch_order(seed, epoch, num_images)[place])
 
 
@@ -87,8 +64,6 @@ class BalancedOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which images a rank reads at which step."""
-
     seed: int  # of the order and of each image's random numbers
     batch_size: int  # summed over ranks; a multiple of `world_size`
     rank: int = 0
@@ -113,10 +88,8 @@ class Order:
 
 
 def sample_generator(seed: int, epoch: int, index: int, *place: int) -> np.random.Generator:
-    """Returns the generator for one image in one epoch, and at one place of a balanced order."""
     return generator(seed, SAMPLE, epoch, index, *place)
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Returns the generator for one step (mixup, dropout masks)."""
     return generator(seed, STEP, step)

@@ -9,8 +9,10 @@ import functools
 import os
 import stat
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +27,6 @@ GROUP, FOLD = "group", "fold"  # roles of columns, which `values_of` takes as th
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that cannot be read or decoded."""
-
     index: int
     name: str
     what: str
@@ -39,14 +39,9 @@ class Images(Protocol):
 
 
 class PackedBytes:
-    """Many byte strings in one buffer, uint8, split at `ends`, int64 (n + 1,); shared by forks."""
+    """Many byte strings in one buffer, which forked processes share."""
 
-    def __init__(self, parts: Iterable[bytes] | tuple[np.ndarray, np.ndarray]) -> None:
-        self._buffer: Any
-        self._ends: Any
-        if isinstance(parts, tuple):
-            self._buffer, self._ends = parts
-            return
+    def __init__(self, parts: Iterable[bytes]) -> None:
         buffer, ends = bytearray(), array("q", [0])
         for part in parts:
             buffer += part
@@ -67,9 +62,8 @@ class PackedBytes:
 class PackedStrings:
     """Many strings (paths, in any encoding) in one buffer, like `PackedBytes`."""
 
-    def __init__(self, parts: Iterable[str] | PackedBytes) -> None:
-        is_packed = isinstance(parts, PackedBytes)
-        self._packed = parts if is_packed else PackedBytes(os.fsencode(part) for part in parts)
+    def __init__(self, parts: Iterable[str | bytes]) -> None:
+        self._packed = PackedBytes(map(os.fsencode, parts))
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -121,8 +115,6 @@ _opened = functools.lru_cache(maxsize=64)(_Descriptor)  # the usual limit is 1,0
 
 @dataclass(frozen=True)
 class ByteRanges:
-    """Images as byte ranges of a few large files."""
-
     files: Sequence[str]
     file: np.ndarray  # int32 (num_images,), indices into `files`
     offset: np.ndarray  # int64 (num_images,), bytes
@@ -194,7 +186,6 @@ class Source:
 
     @property
     def is_multi_label(self) -> bool:
-        """Whether images have several labels, or none."""
         return self.labels.ndim == 2
 
     def class_counts(self) -> np.ndarray:
@@ -216,19 +207,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Joined:
-    """Several `Images`, concatenated."""
-
     parts: tuple[Images, ...]
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return [*accumulate(map(len, self.parts))]
+
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._ends[-1]
 
     def _at(self, index: int) -> tuple[Images, int]:
-        for part in self.parts:
-            if 0 <= index < len(part):
-                return part, index
-            index -= len(part)
-        raise IndexError(index)
+        at = bisect_right(self._ends, index)
+        return self.parts[at], index - (self._ends[at - 1] if at else 0)
 
     def read(self, index: int) -> bytes:
         part, at = self._at(index)
@@ -269,7 +259,6 @@ def array_row(source: Source, index: int) -> np.ndarray:
 
 
 def only_images(source: Source, what: str) -> None:
-    """Raises UserError if the data is arrays, which `what` cannot use."""
     if array_shape(source) is not None:
         fix = "train, finetune, evaluate, predict, few-shot and export take arrays"
         raise UserError(f"{what} is for images", where=source.name, fix=fix, code="arrays")
@@ -288,7 +277,6 @@ def labelled(
 
 
 def unlabelled(images: Images, name: str, notes: tuple[str, ...] = ()) -> Source:
-    """Returns images without labels as a source with the single class "unknown"."""
     return labelled(images, name, ["unknown"], np.zeros(len(images), dtype=np.int64), notes)
 
 
@@ -310,7 +298,6 @@ def relabel(source: Source, class_names: list[str]) -> Source:
 
 
 def join(parts: Sequence[Source], name: str) -> Source:
-    """Concatenates sources with the same classes."""
     labels = np.concatenate([part.labels for part in parts])
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     return labelled(Joined(tuple(parts)), name, parts[0].class_names, labels, tuple(notes))
@@ -332,7 +319,6 @@ def as_multi_label(source: Source) -> Source:
 
 
 def check_one_label(sources: Iterable[Source], what: str) -> None:
-    """Raises UserError if images have several labels, which `what` cannot use."""
     for source in sources:
         if source.is_multi_label:
             fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=single"

@@ -1,4 +1,4 @@
-"""Data names, SOURCE#OPTION=VALUE:SPLIT[PART], and the interface of a kind of source.
+"""Data names, SOURCE#OPTION=VALUE:SPLIT[PART].
 
 A file or folder of that name takes precedence, so that it may contain a colon, "#" or brackets.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from allmlp.data.classes import RawLabels, natural_order
-from allmlp.data.source import Images, Source, subset
+from allmlp.data.classes import natural_order
+from allmlp.data.source import Source, subset
 from allmlp.errors import UserError, near_names
 
 SPLITS = {
@@ -37,7 +37,6 @@ class SourceSpec:
 
     @property
     def source(self) -> str:
-        """The name without split and part: SOURCE#OPTION=VALUE."""
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.base}#{options}" if options else self.base
 
@@ -46,27 +45,7 @@ class SourceSpec:
         return Path(os.path.expanduser(self.base))
 
 
-@dataclass(frozen=True)
-class Records:
-    """One split as read by its kind; classes are built later, in one place."""
-
-    images: Images
-    labels: RawLabels | None = None  # None if missing or not needed
-    notes: tuple[str, ...] = ()  # one line each
-    prepare: Callable[[], object] = lambda: None  # called once in the main process before reading
-
-
-@dataclass(frozen=True)
-class Kind:
-    name: str  # for messages, plural: "Parquet files"
-    matches: Callable[[SourceSpec], bool]
-    # (spec, whether labels are needed) -> the records of each split
-    open: Callable[[SourceSpec, bool], dict[str, Records]]
-    options: tuple[str, ...] = ()  # options accepted after "#"
-
-
 def parse_name(name: str) -> SourceSpec:
-    """Parses a name; split and options may come in either order."""
     base, options, split, part = name, {}, None, None
     for _ in range(2):
         if split is None:

@@ -156,9 +156,8 @@ def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return images * std + mean
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # a copy for every batch would wait for a GPU
 def _mean_and_std(preprocessing: Preprocessing, device: torch.device) -> list[Any]:
-    """Kept on the device: a copy for every batch would wait for a GPU."""
     values = preprocessing.mean, preprocessing.std
     with torch.inference_mode(False):
         return [

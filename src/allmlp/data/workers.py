@@ -34,7 +34,6 @@ while_waiting: ContextVar[Callable[[], None]] = ContextVar("while_waiting", defa
 
 
 def worker_context() -> Any:
-    """Returns the multiprocessing context: the user's choice, else fork on Linux."""
     default = multiprocessing.get_all_start_methods()[0]
     method = multiprocessing.get_start_method(allow_none=True) or default
     # Python 3.14 no longer forks because of threads; workers use none of their parent's.
@@ -92,7 +91,6 @@ def starting() -> Iterator[None]:
 
 
 def shared_memory() -> int | None:
-    """Returns the free bytes of shared memory; None without a limit."""
     if not os.path.isdir(_SHARED):
         return None
     return shutil.disk_usage(_SHARED).free if os.access(_SHARED, os.W_OK) else 0
@@ -147,13 +145,17 @@ def _end_on_signal(closing: Tensor, main_process: int) -> None:
 
 
 def raise_if_one_died(*_: object) -> None:
-    """Raises torch's RuntimeError, which names the process, if a worker has died."""
     torch._C._error_if_any_worker_fails()
 
 
-def on_child_end(handler: Any) -> Any:
-    """Sets the handler for the end of a child process; returns the previous one, or None."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if handler is None or not is_main or not hasattr(signal, "SIGCHLD"):
-        return None
-    return signal.signal(signal.SIGCHLD, handler)
+@contextlib.contextmanager
+def on_child_end(handler: Any) -> Iterator[None]:
+    """Sets the handler for the end of a child process, where that is possible."""
+    before = None
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -21,12 +21,10 @@ from allmlp.data.classes import (
     match_classes,
     split_labels,
 )
-from allmlp.data.source import Source, as_multi_label, labelled, unlabelled
+from allmlp.data.source import Source, as_multi_label
 from allmlp.data.source_spec import (
     LABEL_OPTIONS,
     SPLITS,
-    Kind,
-    Records,
     SourceSpec,
     parse_name,
     part_of,
@@ -43,6 +41,7 @@ from allmlp.data.sources import (
     subset_file,
     webdataset,
 )
+from allmlp.data.sources.columns import Kind, Rows, divide
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names, one_of
 
@@ -68,23 +67,29 @@ def open_splits(
         elif spec.part is not None or is_subset_file(spec):
             with contextlib.suppress(UserError):  # other errors are reported below
                 return open_splits(name, first_of=first_of)
-    records = _records(spec, labels)
+    found: dict[str, Source] = {}
+    raws: dict[str, RawLabels] = {}
+    prepare: dict[str, Callable[[], object]] = {}
+    for rows in _rows(spec, labels != "none"):
+        for split, source, raw in divide(spec, rows, labels != "none"):
+            found[split], prepare[split] = source, rows.prepare
+            if raw is not None:
+                raws[split] = raw
     if spec.split is not None:
-        one_of("split", spec.split, records, where=spec.source)
-    raws = {split: record.labels for split, record in records.items() if record.labels is not None}
+        one_of("split", spec.split, found, where=spec.source)
     raws, note = split_labels(raws, spec.options, spec.base)
     splits: dict[str, Source] = {}
-    for split, record in records.items():
-        title, notes = f"{spec.source}:{split}", (*record.notes, *filter(None, [note]))
+    for split, source in found.items():
+        title, notes = f"{spec.source}:{split}", (*source.notes, *filter(None, [note]))
+        source = replace(source, name=title, notes=notes)
         if labels == "none":
-            splits[split] = unlabelled(record.images, title, notes)
+            splits[split] = source
         elif split in raws:
-            numbers = labels == "numbers"
-            made = make_classes(raws[split], record.images.item_name, are_numbers=numbers)
+            made = make_classes(raws[split], are_numbers=labels == "numbers")
             if made is not None:
-                found = labelled(record.images, title, *made, notes)
-                splits[split] = as_multi_label(found) if note else found
-                if not numbers:
+                source = replace(source, class_names=made[0], labels=made[1])
+                splits[split] = as_multi_label(source) if note else source
+                if labels != "numbers":
                     check_twins(made[0], title)
     wanted = [spec.split] if spec.split else list(first_of) or list(SPLITS)
     chosen = [split for split in wanted if split in splits][: 1 if first_of else None]
@@ -93,7 +98,7 @@ def open_splits(
         raise UserError(f"none of the images{where} has a label", where=spec.source, fix=UNLABELLED)
     for split in chosen:
         source = splits[split]
-        records[split].prepare()
+        prepare[split]()
         if labels == "classes" and "train" in splits:
             names = splits["train"].class_names
             source = match_classes(source, names, owner="train/", allow_missing=True)
@@ -118,7 +123,7 @@ def open_subset(subset: SubsetFile, name: str | None = None) -> dict[str, Source
     return select(subset, open_splits(subset.source, labels=labels), name or subset.source)
 
 
-def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
+def _rows(spec: SourceSpec, labels: bool) -> Iterable[Rows]:
     if not spec.base.strip():
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
     kind, path = kind_of(spec), spec.path.absolute()
@@ -137,20 +142,19 @@ def _records(spec: SourceSpec, labels: Labels) -> Mapping[str, Records]:
         if key not in kind.options:
             what = f"the option {key!r} has no meaning for {kind.name}"
             raise UserError(what, where=spec.source, fix=f"Leave out {key}=...")
-    return kind.open(spec, labels != "none")
+    return kind.open(spec, labels)
 
 
-def _open_subset_file(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+def _open_subset_file(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
     subset = read_subset_file(spec.path)
     if labels:
         found = open_subset(subset, spec.source)
     else:
         theirs = open_splits(subset.source, labels="none")
         found = select(replace(subset, labels=None), theirs, spec.source)
-    return {
-        split: Records(source, RawLabels(source.labels, source.class_names, True), source.notes)
-        for split, source in found.items()
-    }
+    for split, source in found.items():
+        raw = RawLabels(source.labels, source.class_names, are_classes=True)
+        yield Rows(source, {"label": lambda raw=raw: raw}, split, notes=source.notes)
 
 
 # The first match wins.
@@ -186,12 +190,10 @@ def read_from(name: str | Path) -> Iterator[str]:
 
 
 def names_source(name: str) -> bool:
-    """Whether the string names built-in data: digits, digits:test, digits@1."""
     return digits.names_digits(parse_name(name))
 
 
 def are_arrays(name: str) -> bool:
-    """Whether the string names arrays of numbers."""
     return kind_of(parse_name(name)) is arrays.KIND
 
 

@@ -11,24 +11,23 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
-from allmlp.data.source import GROUP, ROW, Source, array_row, array_shape
+from allmlp.data.source import GROUP, ROW, Source, array_row
 from allmlp.data.source_spec import (
     LABEL_OPTIONS,
     SPLITS,
-    Kind,
-    Records,
     SourceSpec,
     by_split,
     split_named,
     split_of_file,
 )
-from allmlp.data.sources.columns import LABEL_COLUMNS, Rows, choose_column, open_rows
+from allmlp.data.sources.columns import LABEL_COLUMNS, Kind, Rows, choose_column
 from allmlp.data.sources.parquet import class_names_of, open_file, parquet_files
 from allmlp.errors import UserError, plural
 
@@ -68,7 +67,6 @@ class ArrayRows:
         return f"{self.name}[{index}]"
 
     def check_finite(self) -> None:
-        """Raises UserError with the first number that is not finite as float32."""
         for at, row in enumerate(self.rows):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(row.astype(ROW))
@@ -80,7 +78,6 @@ class ArrayRows:
 
 
 def _grid(values: np.ndarray) -> np.ndarray:
-    """Returns rows as a view (N, C, H, W)."""
     if values.ndim == 4:
         return values
     return values[:, None, None, :] if values.ndim == 2 else values[:, :, None, :]
@@ -97,46 +94,41 @@ def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1.0).tolist())
 
 
-def open_arrays(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits, named by arrays (x_train), by files, or by a column `split`."""
-    found: dict[str, Records] = {}
-    parts = _parts(spec)
+def open_arrays(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields the splits, named by arrays (x_train), by files, or by a column `split`."""
+    parts, shapes = _parts(spec), dict[Any, str]()
     asked = "label" in spec.options
     if labels and not asked and all(set(_Y).isdisjoint(columns) for *_, columns in parts):
         fix = "Call them y (.npz), NAME_labels.npy or NAME.csv (beside NAME.npy) or #label=NAME"
         raise UserError("the rows have no labels", where=spec.source, fix=fix, code="missing")
     for split, name, values, columns in parts:
-        unused = []
+        images, unused = ArrayRows(values, name), []
+        shapes[images.shape] = split
         for column, cells in [*columns.items()]:
-            shape = cells.shape if isinstance(cells, np.ndarray) else (len(cells),)
-            if shape[:1] != (len(values),):
+            if np.shape(cells)[:1] != (len(values),):
                 if column in _Y or column in spec.options.values():
-                    number = "x".join(map(str, shape)) or "one"
-                    what = f"{plural(len(values), 'row')}, and {number} values of {column}"
+                    what = f"{plural(len(values), 'row')}, and {column} of shape {np.shape(cells)}"
                     raise UserError(what, where=name, fix="Give every row one", code="lengths")
                 del columns[column]
                 unused.append(column)
-        images = ArrayRows(values, name)
-
-        def cells_of(column: str, columns: Any = columns, name: str = name) -> RawLabels:
-            return _raw_labels(columns[column], name)
-
         likely = [column for column in columns if column in _Y]
-        rows = Rows(images, "", [*columns], cells_of, likely, images.item_name, name)
-        needed = labels and bool(asked or likely)
-        by_column = split == "train" and len(parts) == 1
-        own = open_rows(spec, rows, needed, split=None if by_column else split)
         channels, height, width = images.shape
         note = f"rows of {plural(channels, 'channel')} of {height}x{width} numbers"
         note += "; are channels last in the file? They come second" * (channels > width)
         note += f"; not used, as not of one value per row: {', '.join(unused)}" if unused else ""
-        for key, records in own.items():
-            found[key] = replace(records, notes=(note, *records.notes), prepare=images.check_finite)
-    shapes = {array_shape(records.images): split for split, records in found.items()}
+        yield Rows(
+            images,
+            {column: partial(_raw_labels, cells, name) for column, cells in columns.items()},
+            None if split == "train" and len(parts) == 1 else split,
+            likely,
+            is_labelled=asked or bool(likely),
+            file=name,
+            notes=(note,),
+            prepare=images.check_finite,
+        )
     if len(shapes) > 1:
         what = ", ".join(f"{shape} in {split}" for shape, split in shapes.items())
         raise UserError(f"rows have several shapes: {what}", where=spec.source, fix=_PAD)
-    return found
 
 
 def _parts(spec: SourceSpec) -> list[Part]:
@@ -218,7 +210,6 @@ def _lists(schema: Any) -> list[str]:
 
 
 def _raw_labels(cells: Any, name: str) -> RawLabels:
-    """The labels of a column, or of columns of 0 and 1 as an array (N, K)."""
     if not isinstance(cells, np.ndarray):
         return numbered(cells)
     values = cells.astype(str) if cells.dtype.kind == "S" else cells
@@ -233,7 +224,6 @@ def _raw_labels(cells: Any, name: str) -> RawLabels:
 
 
 def names_arrays(spec: SourceSpec) -> bool:
-    """Whether the name means arrays: .npy, .npz, or Parquet with lists of numbers, not images."""
     if spec.path.suffix.lower() in SUFFIXES:
         return spec.path.is_file()
     files = parquet_files(spec)

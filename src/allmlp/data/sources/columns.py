@@ -1,20 +1,29 @@
-"""Rows with columns (of a list, of Parquet files, of the hub): which column has which role.
+"""What a kind of source reads, `Rows`, and which of its columns says what: splits, labels, groups.
 
-A reader gives `Rows`; their splits, labels, groups and folds are made here.
+Splits, groups, folds and notes are made here for all kinds of sources.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
-from allmlp.data.source import FOLD, GROUP, Images, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, Records, SourceSpec, split_named
+from allmlp.data.source import (
+    FOLD,
+    GROUP,
+    Images,
+    PackedStrings,
+    Source,
+    subset,
+    unlabelled,
+    values_of,
+)
+from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
 from allmlp.errors import UserError, one_of
 
 LABEL_COLUMNS = ("label", "labels", "class", "target")
@@ -31,87 +40,96 @@ _SPLITS_OR_GROUPS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Images and the columns beside them."""
-
     images: Images
-    image_column: str
-    names: Sequence[str]  # of all columns
-    cells: Callable[[str], RawLabels]  # reads a column
-    label_columns: Sequence[str]  # what may be the label, by type or name
-    where: Callable[[int], str]  # a row, for messages
-    file: object  # for messages
+    columns: dict[str, Callable[[], RawLabels]]  # read when they are needed
+    split: str | None = None  # None: in the column `split` or `is_valid`, or else train
+    likely: Sequence[str] = ("label",)  # columns that may be the label, by type or name
+    is_labelled: bool = True
     may_be_hot: bool = False  # without a label column, the others may be columns of 0 and 1
+    file: object = None  # for messages
+    where: Callable[[int], object] | None = None  # a row, for messages; None: its image
+    notes: tuple[str, ...] = ()  # one line each
+    # Checks the rows, given the split of each and its label; returns a note on some splits.
+    check: Callable[[list[str], RawLabels], Mapping[str, str]] = lambda *_: {}
+    prepare: Callable[[], object] = lambda: None  # called once in the main process before reading
 
-    def texts(self, column: str, role: str) -> list[str]:
-        """Returns the cells of a column as text; an empty one is an error."""
-        raw = self.cells(column)
-        texts = ["" if value is None else str(value).strip() for value in raw.values]
-        if "" in texts and role != FOLD:  # test images need none
-            row = int(np.flatnonzero(raw.codes == texts.index(""))[0])
-            fix = f"Give every row one, or choose another {role}"
-            raise UserError(f"the {role} is empty", where=self.where(row), fix=fix)
-        return [texts[code] for code in raw.codes.tolist()]
+    def named(self, row: int) -> object:
+        return (self.where or self.images.item_name)(row)
 
 
-def open_rows(
-    spec: SourceSpec, rows: Rows, labels: bool, *, split: str | None = None
-) -> dict[str, Records]:
-    """Returns the rows by split: the one given, else by the column `split` or `is_valid`."""
-    rest = [name for name in rows.names if name != rows.image_column]
-    known = {name.casefold(): name for name in reversed(rest)}
+@dataclass(frozen=True)
+class Kind:
+    name: str  # for messages, plural: "Parquet files"
+    matches: Callable[[SourceSpec], bool]
+    open: Callable[[SourceSpec, bool], Iterable[Rows]]  # True: labels are needed
+    options: tuple[str, ...] = ()  # options accepted after "#"
+
+
+def divide(
+    spec: SourceSpec, rows: Rows, labels: bool
+) -> Iterator[tuple[str, Source, RawLabels | None]]:
+    """Yields every split of the rows: its name, its images still without classes, its labels."""
+    labels = labels and rows.is_labelled
+    known = {name.casefold(): name for name in reversed(rows.columns)}
     roles = {"split": known.get("split", known.get("is_valid"))}
     if labels:
         roles[FOLD] = known.get(FOLD, known.get("kfold"))
-        if GROUP in spec.options:
-            roles[GROUP] = choose_column(GROUP, spec, rest, (), rows.file)
+        if GROUP in spec.options and values_of(rows.images, GROUP) is None:
+            roles[GROUP] = choose_column(GROUP, spec, [*rows.columns], (), rows.file)
     used = {role: column for role, column in roles.items() if column is not None}
-    splits, notes = np.full(len(rows.images), list(SPLITS).index(split or "train")), []
-    if "split" in used and split is not None:
+    splits, notes = [rows.split or "train"] * len(rows.images), []
+    if "split" in used and rows.split is not None:
         notes.append(f"the column {used['split']!r} is not used: the names of the splits say it")
     elif "split" in used:
         notes.append(f"splits by the column {used['split']!r}")
         splits = _splits(rows, used["split"])
     columns = {
-        role: PackedStrings(rows.texts(column, role))
+        role: PackedStrings(_texts(rows, column, role))
         for role, column in used.items()
         if role != "split"
     }
-    raw = None
+    raw, more = None, {}
     if labels:
-        rest = [name for name in rest if name not in used.values()]
+        rest = [name for name in rows.columns if name not in used.values()]
         chosen = _label_columns(spec, rows, rest)
         raw = _labels(spec, rows, chosen)
+        more = rows.check(splits, raw)
         if FOLD in used:
             notes.append(f"the column {used[FOLD]!r} is used by cross-validation (folds) only")
         unused = [n for n in rest if n not in chosen and re.search(_SPLITS_OR_GROUPS, n)]
         if unused:
             why = "a column split or is_valid makes splits, #group=COLUMN keeps groups together"
             notes.append(f"columns that are not used: {', '.join(unused)} ({why})")
-    found: dict[str, Records] = {}
-    for number, name in enumerate(SPLITS):
-        at = np.flatnonzero(splits == number)
+    whole = unlabelled(rows.images, "")
+    for split in SPLITS:
+        at = np.flatnonzero([own == split for own in splits])
         if len(at):
-            source = Source(name, [], at, rows.images, at, columns=columns)  # labels follow later
-            own = None if raw is None else _some(raw, rows, at)
-            found[name] = Records(source, own, tuple(notes) if labels else ())
-    return found
+            said = (*rows.notes, *(notes if labels else ()), *filter(None, [more.get(split)]))
+            source = replace(subset(whole, at, ""), notes=said, columns=columns or whole.columns)
+            where = lambda index, at=at: rows.named(int(at[index]))  # noqa: E731
+            yield split, source, raw and replace(raw, codes=raw.codes[at], where=where)
 
 
-def _some(raw: RawLabels, rows: Rows, at: np.ndarray) -> RawLabels:
-    return replace(raw, codes=raw.codes[at], where=lambda index: rows.where(int(at[index])))
+def _texts(rows: Rows, column: str, role: str) -> list[str]:
+    raw = rows.columns[column]()
+    texts = ["" if value is None else str(value).strip() for value in raw.values]
+    if "" in texts and role != FOLD:  # test images need none
+        row = int(np.flatnonzero(raw.codes == texts.index(""))[0])
+        fix = f"Give every row one, or choose another {role}"
+        raise UserError(f"the {role} is empty", where=rows.named(row), fix=fix)
+    return [texts[code] for code in raw.codes.tolist()]
 
 
-def _splits(rows: Rows, column: str) -> np.ndarray:
-    texts = rows.texts(column, "split")
+def _splits(rows: Rows, column: str) -> list[str]:
+    texts = _texts(rows, column, "split")
     is_valid = column.casefold() == "is_valid"
     meaning = {t: _IS_VALID.get(t.casefold()) if is_valid else split_named(t) for t in set(texts)}
     for row, text in enumerate(texts):
         if meaning[text] is None:
             fix = f"Known: {', '.join(SPLITS)}; in a column is_valid: true, false"
             what = f"unknown split {text!r} in the column {column!r}"
-            raise UserError(what, where=rows.where(row), fix=fix)
-    numbers = {split: number for number, split in enumerate(SPLITS)}
-    return np.array([numbers[str(meaning[text])] for text in texts])
+            raise UserError(what, where=rows.named(row), fix=fix)
+    return [str(meaning[text]) for text in texts]
 
 
 def _is_hot(raw: RawLabels) -> bool:
@@ -119,37 +137,31 @@ def _is_hot(raw: RawLabels) -> bool:
 
 
 def _label_columns(spec: SourceSpec, rows: Rows, rest: Sequence[str]) -> list[str]:
-    """Returns the label column, or the columns of 0 and 1 in label=A|B|C."""
     given = spec.options.get("label", "")
-    likely = [name for name in rows.label_columns if name in rest]
+    likely = [name for name in rows.likely if name in rest]
     others = [name for name in rest if not re.search(_SPLITS_OR_GROUPS, name)]
     if rows.may_be_hot and not (likely or given) and len(others) > 1:
-        unclear = [name for name in rest if name not in others and _is_hot(rows.cells(name))]
+        unclear = [name for name in rest if name not in others and _is_hot(rows.columns[name]())]
         if unclear:
             every = "|".join(name for name in rest if name in others or name in unclear)
             what = f"columns of 0 and 1 that may be classes or not: {', '.join(unclear)}"
-            raise UserError(
-                what, where=rows.file, fix=f"Name the classes, without what is none: #label={every}"
-            )
+            fix = f"Name the classes, without what is none: #label={every}"
+            raise UserError(what, where=rows.file, fix=fix)
         return others
-    named = [given] if "|" not in given or given in rows.names else given.split("|")
-    if len(set(named)) < len(named):
+    names = [given] if "|" not in given or given in rows.columns else given.split("|")
+    if len(set(names)) < len(names):
         raise UserError(f"a column is named twice: {given!r}", where=rows.file)
-    return [
-        choose_column(
-            *("label", replace(spec, options={"label": name} if name else {}), rows.names, likely),
-            rows.file,
-        )
-        for name in named
-    ]
+    if given:
+        return [one_of("column", name, rows.columns, where=rows.file) for name in names]
+    return [choose_column("label", spec, [*rows.columns], likely, rows.file)]
 
 
 def _labels(spec: SourceSpec, rows: Rows, columns: list[str]) -> RawLabels:
     if len(columns) == 1:
-        return rows.cells(columns[0])
+        return rows.columns[columns[0]]()
     hot: list[list[str]] = [[] for _ in range(len(rows.images))]
     for column in columns:
-        raw = rows.cells(column)
+        raw = rows.columns[column]()
         values = [_ZERO_ONE.get(str(value).strip().casefold()) for value in raw.values]
         for row, code in enumerate(raw.codes.tolist()):
             if values[code]:
@@ -157,9 +169,9 @@ def _labels(spec: SourceSpec, rows: Rows, columns: list[str]) -> RawLabels:
             elif values[code] is None:
                 what = f"column {column!r} has {str(raw.values[code])[:40]!r}, not 0 or 1"
                 if "label" in spec.options:
-                    raise UserError(what, where=rows.where(row), fix="Name columns of 0 and 1")
+                    raise UserError(what, where=rows.named(row), fix="Name columns of 0 and 1")
                 fix = f"Name it, or columns of 0 and 1: '{spec.base}#label=COLUMN' or '...=A|B'"
-                what = f"no label column found; columns: {', '.join(rows.names)} ({what})"
+                what = f"no label column found; columns: {', '.join(rows.columns)} ({what})"
                 raise UserError(what, where=rows.file, fix=fix)
     return replace(numbered(map(tuple, hot)), class_names=columns)
 

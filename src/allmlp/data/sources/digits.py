@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+from collections.abc import Iterator
 from importlib.resources import files
 
 import numpy as np
@@ -17,13 +18,13 @@ from allmlp.data.classes import RawLabels
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import encode_png
 from allmlp.data.source import EncodedImages, PackedBytes, labelled, subset
-from allmlp.data.source_spec import Kind, Records, SourceSpec
+from allmlp.data.source_spec import SourceSpec
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.errors import UserError
 
 
 @functools.cache
 def _read() -> tuple[EncodedImages, np.ndarray]:
-    """Returns the images and their classes; a command opens the digits several times."""
     packed = files("allmlp.data").joinpath("digits.csv.gz").read_bytes()
     rows = np.loadtxt(gzip.decompress(packed).decode().split(), delimiter=",", dtype=np.uint8)
     pixels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -31,8 +32,8 @@ def _read() -> tuple[EncodedImages, np.ndarray]:
     return images, rows[:, 64].astype(np.int64)
 
 
-def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
+def open_digits(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields 1,259 / 179 / 359 images; digits@1, digits@2, ... are other random splits."""
     _, _, text = spec.base.partition("@")
     if not (spec.base == "digits" or text.isdecimal()):
         raise UserError(f"unknown data {spec.base!r}", fix="digits, or digits@1 for another split")
@@ -42,14 +43,12 @@ def open_digits(spec: SourceSpec, labels: bool) -> dict[str, Records]:
     whole = labelled(images, "digits", names, classes)
     rest, test = split_by_class(classes, 0.2, seed=2 * seed)
     kept, held_out = split_by_class(classes[rest], 0.125, seed=2 * seed + 1)
-    return {
-        split: Records(subset(whole, at, split), RawLabels(classes[at], names, True))
-        for split, at in (("train", rest[kept]), ("validation", rest[held_out]), ("test", test))
-    }
+    for split, at in (("train", rest[kept]), ("validation", rest[held_out]), ("test", test)):
+        raw = RawLabels(classes[at], names, are_classes=True)
+        yield Rows(subset(whole, at, split), {"label": lambda raw=raw: raw}, split)
 
 
 def names_digits(spec: SourceSpec) -> bool:
-    """Whether the name means the digits and not a folder of that name."""
     return spec.base.partition("@")[0] == "digits" and not spec.path.exists()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import numpy as np
 from allmlp.data import archive
 from allmlp.data.classes import RawLabels, check_twins, natural_order
 from allmlp.data.image import HEIC, SUFFIXES
-from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, Source
-from allmlp.data.source_spec import SPLITS, Kind, Records, SourceSpec, split_named
+from allmlp.data.source import GROUP, ImageFiles, Images, PackedStrings, unlabelled
+from allmlp.data.source_spec import SPLITS, SourceSpec, split_named
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.errors import UserError, plural, some_of
 from allmlp.names import extra
 
@@ -35,30 +37,50 @@ _FOLD = r"(?i)folds?[-_. ]?\d+"
 LAYOUT = "class folders: FOLDER/train/<class>/*.jpg (val/ and test/ if you have them)"
 
 
-def open_folders(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth."""
-    folder = spec.path
+def open_folders(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
+    """Yields the images in FOLDER/<split>/<class>/ or FOLDER/<class>/, at any depth."""
+    folder, group = spec.path, spec.options.get(GROUP)
     # photos.zip/photos, if that is all there is in photos.zip, and has folders
     while archive.is_archive(folder) and len(inner := subfolders(folder)) == 1:
         if split_named(inner[0]) or loose_image(folder) or not subfolders(folder / inner[0]):
             break
         folder /= inner[0]
     if not labels and not subfolders(folder):
-        passed_over: Counter[str] = Counter()
-        paths = PackedStrings(scan_images(str(folder), passed_over=passed_over))
-        if not len(paths):
+        images, note = _images(folder, [""])
+        if not len(images):
             raise no_images(folder)
-        note = passed_over_note(passed_over, folder)
-        return {"train": Records(ImageFiles(paths, str(folder)), notes=note)}
+        yield Rows(images, {}, "train", notes=note)
+        return
     splits, unused = _find_splits(folder)
     notes: tuple[str, ...] = ()
     if labels:
         for path in splits.values():
-            _check_class_folders(path, spec.options.get(GROUP))
+            _check_class_folders(path, group)
         if unused:
             notes = (f"not used: {', '.join(unused)} (not splits with class folders)",)
-    group = spec.options.get(GROUP)
-    return {split: _class_folder(path, notes, group) for split, path in splits.items()}
+    for split, path in splits.items():
+        classes = subfolders(path)
+        if not classes:
+            raise UserError("no class folders found", where=path, fix=f"Arrange it as {LAYOUT}")
+        found, note = _images(path, classes)
+        images: Images = found
+        if group is not None:
+            groups = PackedStrings(_group_of(file, group, path) for file in found.paths)
+            images = replace(unlabelled(found, str(path)), columns={GROUP: groups})
+        counts = Counter(file.partition(os.sep)[0] for file in found.paths)
+        for name in classes:
+            if not counts[name]:
+                raise no_images(path / name, f"class {name!r}")
+        labels_of = np.repeat(np.arange(len(classes)), [counts[name] for name in classes])
+        raw = RawLabels(labels_of, [name.strip() or name for name in classes], are_classes=True)
+        yield Rows(images, {"label": lambda raw=raw: raw}, split, notes=(*notes, *note))
+
+
+def _images(folder: Path, inside: list[str]) -> tuple[ImageFiles, tuple[str, ...]]:
+    passed_over: Counter[str] = Counter()
+    scans = (scan_images(str(folder), name, passed_over) for name in inside)
+    images = ImageFiles(PackedStrings(chain.from_iterable(scans)), str(folder))
+    return images, passed_over_note(passed_over, folder)
 
 
 def scan_images(
@@ -68,9 +90,7 @@ def scan_images(
     above: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
-
-    Links are followed, except to one of the folders `above`.
-    """
+    Links are followed, except to one of the folders `above`."""
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
         return
@@ -85,7 +105,6 @@ def scan_images(
 
 
 def passed_over_note(passed_over: Counter[str], folder: Path | None = None) -> tuple[str, ...]:
-    """Returns a note on files that look like images but are not read, if any."""
     named = Counter({suffix: count for suffix, count in passed_over.items() if suffix})
     if not named:
         return ()
@@ -111,7 +130,6 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """The visible names in a folder, sorted, with whether each is a folder."""
     inside = None
     if not os.path.isdir(folder) and archive.is_archive(folder):
         inside = archive.entries(folder)
@@ -136,44 +154,16 @@ def loose_image(folder: Path) -> str | None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Returns the names of a folder's visible subfolders in natural order."""
     names = (name for name, is_folder in _entries(str(folder)) if is_folder)
     return sorted(names, key=natural_order)
 
 
-def _class_folder(folder: Path, notes: tuple[str, ...], group: str | None) -> Records:
-    classes = subfolders(folder)
-    if not classes:
-        raise UserError("no class folders found", where=folder, fix=f"Arrange it as {LAYOUT}")
-    counts, passed_over = array("q"), Counter[str]()
-
-    def paths() -> Iterator[str]:
-        for name in classes:
-            counts.append(0)
-            for path in scan_images(str(folder / name), passed_over=passed_over):
-                counts[-1] += 1
-                yield os.path.join(name, path)
-            if counts[-1] == 0:
-                raise no_images(folder / name, f"class {name!r}")
-
-    files = PackedStrings(paths())
-    images: Images = ImageFiles(files, str(folder))
-    if group is not None:
-        columns = {GROUP: PackedStrings(_group_of(path, group, folder) for path in files)}
-        at = np.arange(len(files))
-        images = Source(str(folder), [], at, images, at, columns=columns)
-    labels = np.repeat(np.arange(len(classes)), counts)
-    raw = RawLabels(labels, [name.strip() or name for name in classes], are_classes=True)
-    return Records(images, raw, (*notes, *passed_over_note(passed_over, folder)))
-
-
 def _group_of(path: str, group: str, folder: Path) -> str:
     """The folder inside the class folder, or what stands before a mark in the file's name."""
-    inner = Path(path).parts[1:]
-    found = inner[0] if len(inner) > 1 else ""
+    parts = path.split(os.sep)
+    found = parts[1] if len(parts) > 2 else ""
     if group != "folder":
-        found, mark, _ = Path(path).name.partition(group)
-        found *= bool(mark)
+        found = parts[-1].partition(group)[0] if group in parts[-1] else ""
     if not found:
         fix = "group=folder (<class>/<group>/*.jpg), or a mark in all names: group=_ (p1_07.jpg)"
         raise UserError(f"no group={group} in the name of an image", where=folder / path, fix=fix)
@@ -184,37 +174,30 @@ def _check_class_folders(folder: Path, group: str | None) -> None:
     """Checks that the class folders are not actually splits, folds or wrapper folders."""
     classes = subfolders(folder)
     check_twins(classes, folder)
-    listed = some_of(classes)
     shared: set[str] = set()  # subfolders of every class
     if classes and not any(loose_image(folder / name) for name in classes):
         shared = set.intersection(*(set(subfolders(folder / name)) for name in classes))
-    are_no_classes = group is None and len(shared) > 1 and len(classes) > 1
-    if any(map(split_named, shared)) or are_no_classes:
-        inner = ", ".join(sorted(shared, key=natural_order)[:8])
-        what = f"each of the folders {listed} has subfolders {inner}: not classes"
-        fix = f"Give the folder to use, such as {folder / classes[0]}. If they are the classes: put"
-        fix += " the images directly into their folders, or give a list (.csv) with path,label"
+    if any(map(split_named, shared)) or (group is None and min(len(shared), len(classes)) > 1):
+        inner = some_of(sorted(shared, key=natural_order))
+        what = f"each of the folders {some_of(classes)} has subfolders {inner}: not classes"
+        fix = f"Give the folder to use, such as {folder / classes[0]}, or a list with path,label"
         raise UserError(what, where=folder, fix=fix)
     is_split = split_named(folder.absolute().name) is not None
     suspects = [name for name in classes if split_named(name) or re.fullmatch(_FOLD, name)]
     if len(suspects) < max(len(classes), is_split + 1):  # not all of them
         # seg_train and seg_test: names that differ only by the split
         words = {name: re.split(r"[-_. ]+", name) for name in classes}
-        rests = {n: [w for w in words[n] if not split_named(w)] for n in classes}
-        suspects = [n for n in classes if rests[n] != words[n] and len(words[n]) > 1]
-        suspects = [n for n in suspects if list(rests.values()).count(rests[n]) > 1]
-        suspects = suspects or [name for name in classes if split_named(name) and not is_split]
+        rests = {n: [w for w in own if not split_named(w)] or [n] for n, own in words.items()}
+        twins = [n for n in classes if [*rests.values()].count(rests[n]) > 1]
+        alike = [name for name in twins if rests[name] != words[name]]
+        suspects = alike or [name for name in classes if split_named(name) and not is_split]
     if suspects:
-        what = (
-            f"folders that are named as splits, and have no class folders in them: {suspects[:8]}"
-        )
-        fix = f"Arrange it as {LAYOUT}. If it is a class: move all class folders into one for the"
-        what, fix = f"{what}; all: {listed}", f"{fix} split, {folder / 'train'}/<class>"
-        raise UserError(what, where=folder, fix=fix)
+        what = f"folders of {some_of(classes)} are named as splits, without class folders: "
+        fix = f"Arrange it as {LAYOUT}; if it is a class, put all into {folder / 'train'}/<class>"
+        raise UserError(f"{what}{suspects[:8]}", where=folder, fix=fix)
 
 
 def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folder of each split, and the names of other folders with images."""
     splits: dict[str, Path] = {}
     known: set[str] = set()
     others: dict[str, list[str]] = {}
@@ -227,11 +210,10 @@ def _find_splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
             others[entry] = classes
             continue
         if split in splits:
-            inside = [path.relative_to(folder) for path in (splits[split], path)]
-            what = f"two folders for one split: {inside[0]} and {inside[1]}"
-            raise UserError(what, where=folder, fix="Merge them or rename one")
-        loose = loose_image(path)
-        if loose is not None:
+            both = f"{splits[split].relative_to(folder)} and {path.relative_to(folder)}"
+            fix = "Merge them or rename one"
+            raise UserError(f"two folders for one split: {both}", where=folder, fix=fix)
+        if loose := loose_image(path):
             what = f"the folder {path.name!r} has both folders and images, such as {loose!r}"
             fix = "Put the images into class folders; a class cannot have the name of a split"
             raise UserError(what, where=path, fix=fix)

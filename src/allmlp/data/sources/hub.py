@@ -11,11 +11,10 @@ from typing import Any
 
 from allmlp.data.classes import RawLabels
 from allmlp.data.source import GROUP, ImageFiles
-from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, Kind, Records, SourceSpec, split_named
-from allmlp.data.sources.columns import choose_column, open_rows
-from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of
+from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, split_named
+from allmlp.data.sources.columns import Kind, Rows
+from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of, image_column
 from allmlp.errors import UserError
-from allmlp.io import is_reachable
 from allmlp.names import HUB_NAME, import_extra
 
 PREFIX = "hf:"
@@ -45,7 +44,6 @@ class HubImages:
         return data
 
     def values_of(self, column: str) -> list[Any] | None:
-        """Returns the images' "path"; other columns are not read."""
         if column != "path":
             return None
         names: list[Any] = []
@@ -55,71 +53,53 @@ class HubImages:
         return names
 
 
-def open_hub(spec: SourceSpec, labels: bool) -> dict[str, Records]:
+def open_hub(spec: SourceSpec, labels: bool) -> list[Rows]:
     found = re.fullmatch(rf"hf:({HUB_NAME})(?:@([\w./-]+))?", spec.base)
     if not found:
         fix = "hf:owner/name or hf:owner/name@revision"
         raise UserError(f"not a data set on the hub: {spec.base!r}", fix=fix)
     loaded = _load(found[1], found[2], spec)
-    splits: dict[str, Records] = {}
+    splits: list[Rows] = []
     for split in SPLITS:
         theirs = [name for name in loaded if split_named(str(name)) == split]
         if len(theirs) > 1:
             raise UserError(f"two splits for one: {' and '.join(theirs)}", where=spec.source)
         for name in theirs:
             if len(loaded[name]):
-                splits[split] = _open_split(loaded[name], spec, split, labels)
+                splits.append(_open_split(loaded[name], spec, split))
     if not splits:
         what = f"none of the splits train, validation and test has rows: {', '.join(loaded)}"
         raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")
     return splits
 
 
-def _open_split(dataset: Any, spec: SourceSpec, split: str, labels: bool) -> Records:
+def _open_split(dataset: Any, spec: SourceSpec, split: str) -> Rows:
     import datasets  # pyright: ignore[reportMissingImports]
 
-    title, features = f"{spec.source}:{split}", dict(dataset.features)
-    pictures = [name for name in features if type(features[name]).__name__ == "Image"]
-    column = choose_column("image", spec, list(features), pictures, title)
-    if column not in pictures:
-        what = f"column {column!r} is {features[column]}, not of images"
-        fix = f"Columns of images: {', '.join(pictures) or 'none'}"
-        raise UserError(what, where=title, fix=fix)
+    title, schema = f"{spec.source}:{split}", dataset.features.arrow_schema
+    column = image_column(spec, schema, title)
     undecoded = dataset.select_columns([column])
     undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-    images, schema = HubImages(title, undecoded, column), dataset.features.arrow_schema
 
     def cells(name: str) -> RawLabels:
         values = dataset.select_columns([name]).with_format("arrow")[:].column(0)
         return arrow_cells(values, class_names_of(schema, name), name, title)
 
-    rows = arrow_rows(images, column, schema, cells, title)
-    return open_rows(spec, rows, labels, split=split)[split]
+    images = HubImages(title, undecoded, column)
+    return arrow_rows(images, column, schema, cells, split=split, file=title)
 
 
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
     what = "reading data sets of the hub needs the package datasets"
     datasets = import_extra("datasets", "data", what, spec.base)
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
+    config = spec.options.get("config")
     try:
-        # Offline, the libraries would retry for half a minute.
-        if not (offline or is_reachable(constants.ENDPOINT)):
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return datasets.load_dataset(
-            repository, spec.options.get("config"), revision=revision, streaming=False
-        )
+        return datasets.load_dataset(repository, config, revision=revision, streaming=False)
     except Exception as error:  # from the package, the hub or the network
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        fix = f"See https://huggingface.co/datasets/{repository}; if it is private: hf auth login"
-        if "Config name is missing" in reason or "BuilderConfig" in reason:
-            fix = f"Choose one: '{spec.base}#config=NAME'"
-        elif isinstance(error, ConnectionError | TimeoutError):
-            fix = f"With a network: hf download --repo-type dataset {repository}"
+        fix = f"See https://huggingface.co/datasets/{repository}; if it has several configurations:"
+        fix += f" '{spec.base}#config=NAME'; if it is private: hf auth login"
         raise UserError(f"cannot load {repository}: {reason}", where=spec.base, fix=fix) from error
-    finally:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 
 
 KIND = Kind(

@@ -20,6 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -28,30 +29,29 @@ from allmlp.data.source_spec import SPLITS, SourceSpec, parse_name, part_of
 from allmlp.errors import UserError, one_of
 from allmlp.io import atomic_write, read_json
 from allmlp.names import NAME, is_format
+from allmlp.options import validated
 
 SUFFIX = ".json"
 FORMAT, VERSION = "allmlp selection", 1
-RULES = ("shift", "bins", "between")
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Maps numbers to classes by one of `RULES`, described above."""
+    """Maps numbers to classes by a rule described above."""
 
-    rule: str
+    rule: Literal["shift", "bins", "between"]
     numbers: tuple[float, ...]
 
     def __post_init__(self) -> None:
         numbers = self.numbers
-        fits = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
-        if fits and self.rule == "between":
-            fits = len(numbers) > 2 and all(np.diff(numbers) > 0)
-        elif fits:
-            fits = len(numbers) == 2 and all(n == round(n) for n in numbers) and numbers[1] >= 2
-            fits = fits and (self.rule != "bins" or numbers[0] >= numbers[1])
-        if self.rule not in RULES or not fits:
-            what = f"not a label rule: {self.rule!r} of {list(numbers)}"
-            raise UserError(what, fix=f"Known: {', '.join(RULES)}")
+        fits = all(map(math.isfinite, numbers))
+        if self.rule == "between":
+            fits = fits and len(numbers) > 2 and all(np.diff(numbers) > 0)
+        else:
+            fits = fits and len(numbers) == 2 and all(n == round(n) for n in numbers)
+            fits = fits and numbers[1] >= 2 and (self.rule == "shift" or numbers[0] >= numbers[1])
+        if not fits:
+            raise UserError(f"not a label rule: {self.rule!r} of {list(numbers)}")
 
     @property
     def num_classes(self) -> int:
@@ -79,7 +79,6 @@ class LabelRule:
 
 
 def is_applied(rule: LabelRule, class_names: Sequence[str]) -> bool:
-    """Returns whether the rule is applied already: integer classes below its `num_classes`."""
     return set(class_names) <= set(map(str, range(rule.num_classes)))
 
 
@@ -106,6 +105,14 @@ class SubsetFile:
     splits: dict[str, tuple[str, ...]]  # parts such as "train[:800]" or "test"
     labels: LabelRule | None = None  # None keeps the source's classes
 
+    def __post_init__(self) -> None:
+        if not (self.splits and self.splits.keys() <= SPLITS.keys() and all(self.splits.values())):
+            fix = '"splits": {"train": ["train[:800]"], "test": ["test"]}'
+            raise UserError(f"splits must have lists of parts, got {self.splits}", fix=fix)
+        if Path(parse_name(self.source).base).suffix.lower() == SUFFIX:
+            what = f"a subset of a subset: source is {self.source!r}"
+            raise UserError(what, fix="Name the source itself")
+
 
 def is_subset_file(spec: SourceSpec) -> bool:
     return spec.path.suffix.lower() == SUFFIX and spec.path.is_file()
@@ -127,22 +134,9 @@ def read_subset_file(path: Path) -> SubsetFile:
         what = f"written by another allmlp (version {str(values.get('version'))[:20]})"
         raise UserError(what, where=path, fix=f"pip install --upgrade {NAME}")
     try:
-        rule, splits = values.get("labels"), values["splits"]
-        rule = None if rule is None else LabelRule(rule["rule"], tuple(rule["numbers"]))
-        is_valid = splits and splits.keys() <= SPLITS.keys()
-        if not is_valid or not all(type(parts) is list and parts for parts in splits.values()):
-            raise ValueError(splits)
-        base = Path(parse_name(values["source"]).base)
+        return validated(SubsetFile, values)
     except UserError as error:
         raise UserError(error.what, where=path, fix=error.fix) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = "the subset has no source, or its splits are not lists of parts"
-        fix = '"source": "NAME", "splits": {"train": ["train[:800]"], "test": ["test"]}'
-        raise UserError(what, where=path, fix=fix) from error
-    if base.suffix.lower() == SUFFIX:
-        what = f"a subset of a subset: {values['source']!r}"
-        raise UserError(what, where=path, fix="Name the source itself")
-    return SubsetFile(values["source"], {k: tuple(parts) for k, parts in splits.items()}, rule)
 
 
 def select(subset: SubsetFile, theirs: Mapping[str, Source], name: str) -> dict[str, Source]:

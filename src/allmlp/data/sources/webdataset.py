@@ -5,10 +5,10 @@ The tars are scanned when they are opened, and images read from their places.
 
 from __future__ import annotations
 
+import functools
 import os
 import tarfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from allmlp.data.archive import tar_members
 from allmlp.data.classes import UNLABELLED, RawLabels, numbered
 from allmlp.data.image import SUFFIXES
 from allmlp.data.source import ByteRanges, PackedStrings
-from allmlp.data.source_spec import Kind, Records, SourceSpec, by_split
+from allmlp.data.source_spec import SourceSpec, by_split
+from allmlp.data.sources.columns import Kind, Rows
 from allmlp.data.sources.folders import loose_image, subfolders
 from allmlp.errors import UserError
 from allmlp.io import parse_json
@@ -26,70 +27,53 @@ from allmlp.io import parse_json
 _LABEL_BYTES = 2**20  # a larger .cls or .json is not a label
 
 
-def open_tars(spec: SourceSpec, labels: bool) -> dict[str, Records]:
-    """Returns the splits, taken from the tars' names."""
-    found: dict[str, Records] = {}
+def open_tars(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
     for split, files in by_split(spec.path.glob("*.tar")).items():
         samples = [sample for at, file in enumerate(files) for sample in _samples(file, at, labels)]
         if not samples:
             raise UserError("the tars have no images", where=files[0], fix=f"Endings: {SUFFIXES}")
         places, names, cells = zip(*samples, strict=True)
+        if labels and None in cells:
+            fix = f"Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; {UNLABELLED}"
+            where = f"{files[places[cells.index(None)][0]]}:{names[cells.index(None)]}"
+            raise UserError("the image has no label", where=where, fix=fix)
         file, offset, length = np.array(places, dtype=np.int64).T.copy()
         images = ByteRanges(files, file.astype(np.int32), offset, length, PackedStrings(names))
-        found[split] = Records(images)
-        if labels:
-            if None in cells:
-                fix = f"Every KEY.jpg needs a KEY.cls, or a KEY.json with a label; {UNLABELLED}"
-                where = images.item_name(cells.index(None))
-                raise UserError("the image has no label", where=where, fix=fix)
-            index = spec.path / f"{split}.index.safetensors"
-            raw = _numbered_by(index, cells) if index.exists() else numbered(cells)
-            found[split] = Records(images, raw)
-    return found
+        index = spec.path / f"{split}.index.safetensors"
+        read = functools.partial(_numbered_by, index) if index.exists() else numbered
+        yield Rows(images, {"label": functools.partial(read, cells)}, split)
 
 
 def _samples(
     path: str, number: int, labels: bool
 ) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
     """Yields (file, offset, length), name and label of every image; None if it has no label."""
-
-    def key(item: tuple[tarfile.TarInfo, bytes | None]) -> tuple[str, str]:
-        folder, base = os.path.split(item[0].name)
-        return folder, base.partition(".")[0]
-
-    for _, members in groupby(_members(path), key):  # the members of a sample are adjacent
-        image, label = None, None
-        for member, text in members:
-            if text is not None:
-                own = _label(member.name, text, path) if labels else None
-                label = label if own is None else own
-            elif os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                if image is not None:
-                    what = f"two images of one sample: {image.name}, {member.name}"
-                    raise UserError(what, where=path, fix="A sample has one image")
-                image = member
-        if image is not None:
-            yield (number, image.offset_data, image.size), image.name, label
-
-
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Yields the files of a tar; .cls and .json with their contents."""
+    images: dict[tuple[str, str], tuple[tuple[int, int, int], str]] = {}
+    cells: dict[tuple[str, str], Any] = {}
     try:
         with open(path, "rb") as file:
             for member in tar_members(path):
-                text = None
-                if member.name.lower().endswith((".cls", ".json")):
+                folder, base = os.path.split(member.name)
+                key, suffix = (folder, base.partition(".")[0]), os.path.splitext(base)[1].lower()
+                if base.startswith("."):  # macOS adds hidden files
+                    continue
+                if suffix in SUFFIXES:
+                    if key in images:
+                        what = f"two images of one sample: {images[key][1]}, {member.name}"
+                        raise UserError(what, where=path, fix="A sample has one image")
+                    images[key] = (number, member.offset_data, member.size), member.name
+                elif labels and suffix in (".cls", ".json"):
                     file.seek(member.offset_data)
-                    text = file.read(min(member.size, _LABEL_BYTES))
-                if not os.path.basename(member.name).startswith("."):  # macOS adds hidden files
-                    yield member, text
+                    label = _label(member.name, file.read(min(member.size, _LABEL_BYTES)), path)
+                    cells[key] = cells.get(key) if label is None else label
     except (tarfile.TarError, OSError, EOFError) as error:
         what = f"the tar is damaged, cut short or compressed: {error}"
         raise UserError(what, where=path, fix="Fetch it again; unpack .gz first") from error
+    for key, image in images.items():
+        yield *image, cells.get(key)
 
 
 def _label(name: str, text: bytes, path: str) -> Any:
-    """Returns the label in a .cls or .json; None if a .json has none."""
     try:
         if name.lower().endswith(".cls"):
             return text.decode().strip()
