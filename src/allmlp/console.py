@@ -29,10 +29,8 @@ class _Console(Console):
 
 
 class Reporter:
-    """Prints lines, to standard error if results go to standard output, and logs them to a file.
-
-    With `quiet` it only logs.
-    """
+    """Prints lines, to standard error if results go to standard output, unless `quiet`, and logs
+    them to a file."""
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
         self.console = _Console(
@@ -122,10 +120,8 @@ def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
 
 
 def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
-    """Lists the first 20 bad images on standard error; returns the exit code, 0 or 3.
-
-    `number` is their total if `bad` is truncated.
-    """
+    """Lists the first 20 of `number` bad images on standard error; returns the exit code, 0 or
+    3."""
     for image in bad[:20]:
         print(f"bad image: {image.name}: {image.what}", file=sys.stderr)
     more = (number or len(bad)) - 20

@@ -313,7 +313,8 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     assert processes[rank].wait() == -signal.SIGKILL
     assert other.wait(10.0) == 2
     error = other.said().partition("error: ")[2]
-    assert error.startswith(f"rank {1 - rank}: rank {rank} exited, so training cannot continue: ")
+    prefix = "" if rank else "rank 1: "
+    assert error.startswith(f"{prefix}rank {rank} exited, so training cannot continue: ")
     assert "to fix: Run the same command again to resume" in error
     assert "Traceback" not in other.said()
 

@@ -27,9 +27,6 @@ Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
 
-# --- device ---------------------------------------------------------------------------------------
-
-
 def choose_device(name: str) -> torch.device:
     """Returns the named device; "auto" is a CUDA GPU, else an Apple GPU, else the CPU."""
     gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
@@ -107,19 +104,11 @@ def empty_cache(device: torch.device) -> None:
         torch.get_device_module(device).empty_cache()
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Returns the type in which losses are summed: float64, which an Apple GPU does not have."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def check_device_of_exported(device: str | None) -> None:
     """Raises UserError for any device but the CPU, the only one for exported files."""
     if device not in (None, "auto", "cpu"):
         what = f"device {device!r}: an exported file runs on the CPU"
         raise UserError(what, where="device", fix="Leave it out")
-
-
-# --- precision and compilation --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,31 +134,23 @@ class ComputePolicy:
 def choose_policy(
     device: torch.device, precision: str, compile: str, *, operations: int, num_steps: int
 ) -> ComputePolicy:
-    """Resolves "auto" for precision and compile; explicit choices are never changed.
-
-    `operations` are the FLOPs per step of this process.
-    """
-    reasons = []
+    """Resolves "auto" for precision and compile, by the FLOPs of a step of this process."""
+    reasons = [precision]
     if precision == "auto":
         precision, why = fast_precision(device, operations)
-        reasons.append(f"{precision} ({why})")
-    else:
-        if precision == "bfloat16":
-            check_bfloat16(device)
-        reasons.append(precision)
-    compiles, compiles_gelu = compile == "on", False
+        reasons = [f"{precision} ({why})"]
+    elif precision == "bfloat16":
+        check_bfloat16(device)
+    compiles, compiles_gelu = compile == "on" and can_compile(device), False
     if compile == "auto":
         compiles = pays_to_compile(device, operations, num_steps)
         # In float32 the matrix products take so long that the GELU does not matter.
         is_half = device.type == "cpu" and precision == "bfloat16"
         compiles_gelu = is_half and _takes_long(device, operations, num_steps)
-    elif compiles and not can_compile(device):
-        compiles = False
+    if compiles or compiles_gelu:
+        reasons.append("compiled" if compiles else "GELU compiled")
+    elif compile == "on":
         reasons.append("not compiled: no compiler found")
-    if compiles:
-        reasons.append("compiled")
-    elif compiles_gelu:
-        reasons.append("GELU compiled")
     return ComputePolicy(device, precision, compiles, ", ".join(reasons), compiles_gelu)
 
 
@@ -252,25 +233,16 @@ def can_compile(device: torch.device) -> bool:
 
 
 def keep_compiled(folder: Path | None) -> None:
-    """Makes torch.compile choose the same kernels every time, and sets its cache folder.
-
-    torch's default is the temporary folder, which may be emptied by a reboot. It stays with several
-    processes (None), which would wait for each other's locks on a shared file system. What the user
-    has set stays, too.
-    """
+    """Makes torch.compile choose the same kernels every time, and keeps its cache in a folder; of
+    several processes (None), which would wait for each other's locks, in torch's temporary one."""
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when it is imported
     config: Any = sys.modules.get("torch._inductor.config")
     if config is not None:
-        with contextlib.suppress(AttributeError):  # older versions have no such setting
-            config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
-    if folder is None:
-        return
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-
-
-# --- threads --------------------------------------------------------------------------------------
+        config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def cores_of_process() -> int:
@@ -280,12 +252,8 @@ def cores_of_process() -> int:
 
 
 def threads_for(operations: float) -> int:
-    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's.
-
-    A small step is hundreds of tiny operations, and torch's threads synchronize after each. If
-    another process occupies a core, every synchronization waits for the scheduler: such a step was
-    130 times slower on two threads than on one (docs/decisions.md, 9).
-    """
+    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's,
+    which synchronize after each of hundreds of tiny operations (docs/decisions.md, 9)."""
     is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
     return 1 if is_small else torch.get_num_threads()
 
@@ -312,23 +280,19 @@ def torch_settings(
     *,
     step_operations: float | None = None,
 ) -> Iterator[None]:
-    """Sets torch's threads and matmul settings within the block; restores them afterwards.
-
-    On a CPU, float32 matmuls use oneDNN if it keeps float32 precision. `num_threads` applies to
-    small steps too; evaluations during training use the threads of a step of `step_operations`.
-    """
-    threads = torch.get_num_threads()
+    """Sets torch's threads and matmul settings in the block. `num_threads` applies to small steps
+    too; evaluations during training use the threads of a step of `step_operations`."""
     if num_threads is not None:
         check_threads(num_threads)
     elif step_operations is not None and threads_for(step_operations) == 1:
         num_threads = 1
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     is_chosen = num_threads is not None or step_operations is not None
     chosen = _threads_are_chosen.set(is_chosen or _threads_are_chosen.get())
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = products.fp32_precision
+    threads, before = torch.get_num_threads(), products.fp32_precision
     try:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         if device.type == "cpu" and precision == "float32":
             _prefer_onednn(products)
         with exact_matmuls(device):
@@ -341,31 +305,24 @@ def torch_settings(
 
 @contextlib.contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """On a GPU float32 is float32, sums are not rounded to bfloat16, and runs repeat, in the block.
-
-    torch's defaults are TF32, with 10 bits, in convolutions, and the fastest algorithms.
-    """
+    """On a GPU, in the block, float32 is float32 (not TF32, torch's default in convolutions), sums
+    are not rounded to bfloat16, and runs repeat."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    settings = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-    settings += [(matmul, "allow_bf16_reduced_precision_reduction", False)]
-    settings += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
-    settings = settings if device.type == "cuda" else []
-    before = [getattr(place, name) for place, name, _ in settings]
-    try:
-        for place, name, value in settings:
+    settings: list[tuple[Any, str, bool]] = [
+        *((cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)),
+        *((cudnn, "deterministic", True), (cudnn, "benchmark", False)),
+        (matmul, "allow_bf16_reduced_precision_reduction", False),
+    ]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in settings if device.type == "cuda" else ():
+            stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
         yield
-    finally:
-        for (place, name, _), value in zip(settings, before, strict=True):
-            setattr(place, name, value)
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Uses oneDNN for float32 matmuls if it keeps float32 precision.
-
-    MKL, torch's default, is about half as fast on non-Intel CPUs. The setting nominally permits
-    bfloat16, so the actual precision on this CPU is measured.
-    """
+    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision: the
+    setting permits bfloat16."""
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(256, 256, generator=random) for _ in range(2))
@@ -381,9 +338,6 @@ def check_threads(num_threads: int) -> None:
     if not 1 <= num_threads <= most:
         what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
         raise UserError(what, where="num_threads", fix="Leave it out to use all cores")
-
-
-# --- memory ---------------------------------------------------------------------------------------
 
 
 def free_memory(device: torch.device) -> int | None:

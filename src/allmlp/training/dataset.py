@@ -91,10 +91,8 @@ class Splits:
 def open_training_data(
     settings: DataSettings, splits: Splits | None = None, world: World | None = None
 ) -> Splits:
-    """Returns the splits of a run, which may be listed already, after checking the headers.
-
-    Of the processes of a machine one does it, and the others share its memory.
-    """
+    """Returns the splits of a run, listed or not, with checked headers; one process of a machine
+    does it for all."""
     world = World() if world is None else world
     found = world.once_per_machine(lambda: _checked(settings, splits))
     counts = world.gather(found.train.class_counts().tolist())

@@ -75,12 +75,8 @@ def fitted_config(
 def fitting(
     num_images: int, device: str = "cpu", batch_size: int | None = None
 ) -> tuple[int, int | None]:
-    """Returns the batch size and the epochs that fit; no epochs if the recipe's steps do.
-
-    The batch is the recipe's, or the largest power of two that is at most a quarter of the images,
-    on a GPU half of them. The epochs are those of the recipe's steps at this batch size, from 30 to
-    100, if the recipe would make more passes over the images.
-    """
+    """Returns the batch size and the epochs that fit, see docs/training.md; no epochs if the
+    recipe's steps do."""
     base = finetune_for(num_images)
     steps, most, processes = base.steps or 0, base.batch_size, num_processes()
     if batch_size is None:

@@ -1,8 +1,5 @@
-"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own callbacks.
-
-Loggers are told in the main process only. One that fails is left out from then on, with a warning:
-it never stops or changes the run.
-"""
+"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own
+callbacks."""
 
 from __future__ import annotations
 

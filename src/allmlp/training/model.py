@@ -31,11 +31,9 @@ def build_model(
     rows: Source | None = None,
     quiet: bool = False,
 ) -> ImageClassifier:
-    """Returns the model of a run, with its class names and preprocessing.
-
-    Training `rows` of arrays are normalised by their statistics, unless the weights were trained on
-    arrays. best/ of a resumed run replaces the initial weights, which may no longer exist.
-    """
+    """Returns the model of a run. Training `rows` of arrays are normalised by their statistics,
+    unless the weights were trained on arrays. best/ of a resumed run replaces weights that may be
+    gone."""
     settings, data = config.model, config.data
     rows = rows if rows is not None and array_shape(rows) else None
     if settings.weights is not None:

@@ -1,7 +1,4 @@
-"""Loss, learning rate, optimizers and their state, SAM, exponential moving average.
-
-Everything works on plain and on FSDP2-sharded parameters.
-"""
+"""Loss, learning rate, optimizers, SAM and EMA, for plain and FSDP2-sharded parameters."""
 
 from __future__ import annotations
 
@@ -32,13 +29,10 @@ def loss_function(
     weighted: bool = False,
     positive_weights: Tensor | None = None,
 ) -> Tensor:
-    """Returns the mean loss over images; logits and targets are (N, classes).
-
-    Target rows sum to 1; sigmoid cross-entropy is summed over the classes. If `weighted`, targets
-    have been multiplied by `class_weights`: the loss of an image that is `t` of class `c` is then
-    the sum over c of t * weight * (the loss if it were c). `positive_weights`, (classes,),
-    multiply the sigmoid losses where a label is present.
-    """
+    """Returns the mean loss over images; logits and targets, whose rows sum to 1, are (N, classes).
+    `weighted` targets have been multiplied by `class_weights`: the loss is the sum over classes c
+    of target * weight * (the loss if the image were c). `positive_weights`, (classes,), multiply
+    the sigmoid losses where a label is present."""
     if weighted:
         total = targets.sum(dim=1, keepdim=True)
         if isinstance(loss, Sigmoid):
@@ -54,11 +48,8 @@ def loss_function(
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
-    """Returns weights inverse to the classes' numbers of training images, float64 (classes,).
-
-    images / (classes with images * images of the class), as scikit-learn's "balanced": the mean
-    over the images is 1, and every class has the same sum. 0 for a class without images.
-    """
+    """Returns images / (classes with images * images of the class), scikit-learn's "balanced", as
+    float64 (classes,); 0 for a class without images."""
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0)
 
@@ -107,11 +98,7 @@ def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
 
 
 def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
-    """Returns the floating-point operations of a run.
-
-    A step costs three forward passes: the forward pass, and the gradients with respect to the
-    inputs and the weights. Sharpness-aware minimisation computes the gradient twice.
-    """
+    """Returns the FLOPs of a run: a step costs three forward passes, one with SAM six."""
     twice = 1.0 - settings.sam_start if settings.sam_rho else 0.0
     return round(3 * flops_per_image * images * (1.0 + twice))
 
@@ -129,19 +116,11 @@ def state_copies(settings: Optimizer) -> int:
 
 
 def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Returns the optimizers of the parameters that require a gradient; `update` steps them.
-
-    One for AdamW and SGD, two for Muon: Muon (Jordan et al. 2024) for the 2-D kernels in the
-    blocks, i.e. the dense weights of token and channel mixing, and AdamW for the rest: stem, head,
-    norms, biases and kernels with a third axis (untied token mixing, CycleFC). Muon's updates are
-    scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both use
-    the same learning rate and decay.
-
-    Weight decay is decoupled and applied to kernels only (big_vision's `.*/kernel$`).
-
-    The optimizer state is created here, all zeros, not in the first step, so that a run always has
-    the same tensors and can be saved before it starts.
-    """
+    """Returns the optimizers of the parameters that require a gradient, with their state, all
+    zeros. Weight decay is decoupled and for kernels only (big_vision's `.*/kernel$`). With Muon
+    (Jordan et al. 2024) there are two: Muon for the dense weights of token and channel mixing, at
+    AdamW's learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2), and AdamW for the
+    rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, optimizers = settings.learning_rate, []
     if isinstance(settings, settings_of.SGD):
@@ -175,11 +154,8 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
 
 
 class Float32Muon(torch.optim.Muon):
-    """PyTorch's Muon with the Newton-Schulz iterations in float32 instead of bfloat16, and always
-    with the scale "match_rms_adamw".
-
-    Without bfloat16 instructions PyTorch's takes longer than the rest of a step of a small model.
-    """
+    """PyTorch's Muon, scaled by "match_rms_adamw", with Newton-Schulz in float32: without bfloat16
+    instructions PyTorch's takes longer than the rest of a step of a small model."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -224,10 +200,8 @@ def _begin_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Clips the gradients in place to a global norm; returns the prior norm, over all shards.
-
-    A non-finite norm turns the gradients into NaN: check it before `update`.
-    """
+    """Clips the gradients in place to a global norm; returns the norm before. If it is non-finite,
+    they become NaN: check it before `update`."""
     return full_tensor(clip_grad_norm_(parameters, most))
 
 
@@ -241,11 +215,8 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Returns the whole optimizer state, as "<parameter>.<key>" -> tensor.
-
-    These are the tensors that the next step reads and writes: after filling them in place from
-    another run, training continues that run bit for bit.
-    """
+    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor; filling these in place
+    continues another run bit for bit."""
     named = dict(model.named_parameters())
     return {
         f"{name}.{key}": tensor
@@ -257,10 +228,8 @@ def optimizer_tensors(
 
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """Updates the exponential moving average of the weights (Polyak and Juditsky 1992) in place.
-
-    The decay ramps up to `decay` over the first steps, so that the random start is soon forgotten.
-    """
+    """Updates the EMA of the weights (Polyak and Juditsky 1992) in place; the decay rises to
+    `decay`, so that the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     weights = dict(model.named_parameters())
     means: list[Tensor] = list(average.values())
@@ -275,14 +244,9 @@ def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
 
 @contextlib.contextmanager
 def sam_ascent(parameters: Iterable[Tensor], rho: float) -> Iterator[None]:
-    """Moves the weights to the worst-case loss nearby while the block runs.
-
-    Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412), used for Google's `sam`
-    checkpoints. To first order that is w + rho * g / ||g||, with the norm over all gradients
-    (equation 2 with p = 2). In distributed training g is that of the whole batch (the paper's m is
-    the batch). The block computes new gradients; afterwards, even after an exception, the weights
-    are restored exactly. A non-finite gradient makes weights NaN, which the second gradient shows.
-    """
+    """Moves the weights to w + rho * g / ||g||, about the worst loss nearby, in the block (SAM:
+    Foret et al. 2021, arXiv 2010.01412, equation 2, with the whole batch as m), and restores them
+    exactly. A non-finite gradient makes them NaN, which the second gradient shows."""
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     former = [parameter.detach().clone() for parameter in moved]
     try:

@@ -32,12 +32,9 @@ class Measured:
 
 
 def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:
-    """Returns the images that a data name refers to, for the model at a path.
-
-    If the run held out images of data without a validation split, these are returned for that
-    data's validation split, and for its bare name if there is no test split. Otherwise (with
-    `count`) up to 5,000 images are checked for whether the run was trained on them.
-    """
+    """Returns the images that a data name refers to: those that the run of the model at a path held
+    out, for that data's validation split, or its bare name without a test split. Of others (with
+    `count`) up to 5,000 are compared with the run's training images."""
     run = _run_of(model)
     own = None if run is None else _held_out(*run, name)
     if own is not None:

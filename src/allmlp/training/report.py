@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -56,54 +57,48 @@ class TrainResult:
 
 def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> None:
     """Prints the settings and the data before training starts."""
-    config, world, say = run.config, run.world, run.report.say
-    num_images, is_probe = len(run.splits.train), config.model.train_only == "probe"
-    found = run.splits.describe()
-    say(f"data     {config.data.source}: {found[0]}")
-    for line in found[1:]:
-        say(f"         {line}")
+    config, world, device, train = run.config, run.world, run.compute.device, run.splits.train
+    first, *more = run.splits.describe()
+    lines = [("data", f"{config.data.source}: {first}"), *(("", line) for line in more)]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_all = trained == model.num_parameters
     head = "" if is_all else f"; only the {trained:,} of the head are trained"
-    say(f"model    {type(model).__name__}, {described(model)}{head}")
+    lines.append(("model", f"{type(model).__name__}, {described(model)}{head}"))
     if config.model.weights is not None:
-        say(f"         starts from the weights {config.model.weights}")
-    where = f"{run.compute.device}"
-    if run.compute.device.type == "cpu":
-        where += f" ({plural(torch.get_num_threads(), 'thread')})"
+        lines.append(("", f"starts from the weights {config.model.weights}"))
+    threads = f" ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else ""
+    where = f"{device}{threads}"
     if world.size > 1:
         where = f"{world.size} processes on {where}, sharding {config.sharding}"
-    elif config.sharding != "none":
-        where += f" (one process: sharding {config.sharding} does nothing)"
     length = Outcome(config, run.splits, model).length
-    say(
-        f"run      recipe {config.recipe}, seed {config.seed}: {length}, {where}, {run.compute.why}"
-    )
-    _say_balance(run)
-    fit = describe_fit(config, num_images, run.compute.device.type)
-    if fit is not None and not is_probe:
-        say(f"fit      {fit}")
-    are_images = array_shape(run.splits.train) is None  # which published weights know
-    if are_images and not in_study and are_too_few(config, model.num_parameters, num_images):
-        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
-        for line in (
-            f"few      {plural(num_images, 'image')} for {model.num_parameters:,} random weights, "
-            f"{model.num_parameters / num_images:,.0f} per image: the accuracy will be low.",
-            f"         Up to {MOST_WEIGHTS:,} per image are reasonable; trained weights need far "
-            "fewer images:",
+    how = f"{length}, {where}, {run.compute.why}"
+    lines.append(("run", f"recipe {config.recipe}, seed {config.seed}: {how}"))
+    lines += _balance(run)
+    fit = describe_fit(config, len(train), device.type)
+    if fit is not None and config.model.train_only != "probe":
+        lines.append(("fit", fit))
+    for name, text in lines:
+        run.report.say(f"{name:<9}{text}")
+    are_images = array_shape(train) is None  # which published weights know
+    if are_images and not in_study and are_too_few(config, model.num_parameters, len(train)):
+        name = recommended("speed" if device.type == "cpu" else "accuracy").name
+        run.report.say(
+            f"few      {plural(len(train), 'image')} for {model.num_parameters:,} random weights: "
+            f"the accuracy will be low.\n         Up to {MOST_WEIGHTS:,} weights per image are "
+            "reasonable; trained weights need far fewer images:\n"
             f"         {_command('finetune', name, '--data', config.data.source)}",
-        ):
-            say(line, style="yellow")
-    say(f"results  {run.folder.path}")
+            style="yellow",
+        )
+    run.report.say(f"results  {run.folder.path}")
 
 
 def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> None:
     """Prints how long the rest of a run takes, and the probe if that is far shorter."""
     config, say = run.config, run.report.say
-    each = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, including evaluations"
+    work = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, including evaluations"
     if config.model.train_only == "probe":
-        each = f"{plural(len(run.splits.train), 'image')} to compute features of"
-    say(f"time     about {duration(seconds)} ({each}), measured on this machine")
+        work = f"{plural(len(run.splits.train), 'image')} to compute features of"
+    say(f"time     about {duration(seconds)} ({work}), measured on this machine")
     if probe is not None and seconds > _LONG > 10 * probe:
         words = ("finetune", config.model.weights or "", "--data", config.data.source, "--probe")
         say(f"         a linear probe takes about {duration(probe)}: {_command(*words)}")
@@ -115,34 +110,26 @@ def balance_weights(train: Source) -> np.ndarray:
     return positive_weights(counts, len(train)) if train.is_multi_label else class_weights(counts)
 
 
-def _say_balance(run: Run) -> None:
-    """Prints what `balance` does to the rarest and the most frequent class, or that it may help."""
-    source, balance, say = run.splits.train, run.config.data.balance, run.report.say
+def _balance(run: Run) -> Iterable[tuple[str, str]]:
+    """Says what `balance` does to the rarest and the most frequent class, or that it may help."""
+    source, balance = run.splits.train, run.config.data.balance
     counts = source.class_counts()
     present = np.flatnonzero(counts)
     few, many = (present[at] for at in (counts[present].argmin(), counts[present].argmax()))
-    if balance == "none":
-        is_fixed = run.config.model.train_only == "probe"
+    names, weights = source.class_names, balance_weights(source)
+    if balance != "none":
+        text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
+        parts = [f"{names[at]} {text.format(weights[at])}" for at in (few, many)]
+        yield "balance", f"{balance}: {', '.join(parts)}"
+    elif counts[many] >= _UNEVEN * counts[few] and run.config.model.train_only != "probe":
         ways = "weights" if source.is_multi_label else "weights or sampler"
-        if counts[many] >= _UNEVEN * counts[few] and not is_fixed:
-            name = source.class_names[few]
-            say(f"note     {name!r} is rare: balance ({ways}) would give it equal weight")
-        return
-    weights = balance_weights(source)
-    text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
-    parts = [f"{source.class_names[at]} {text.format(weights[at])}" for at in (few, many)]
-    say(f"balance  {balance}: {', '.join(parts)}")
+        yield "note", f"{names[few]!r} is rare: balance ({ways}) would give it equal weight"
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration in its two largest units: "12 min 5 s", "4 days 11 h"."""
-    units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    for (name, size), (small_name, small) in itertools.pairwise(units):
-        whole, rest = divmod(round(seconds / small), size // small)
-        if whole:
-            name += "s" * (name == "day" and whole > 1)
-            return f"{whole:,} {name}" + (f" {rest} {small_name}" if rest and whole < 100 else "")
-    return f"{round(seconds)} s"
+    """Formats a duration as "12:05 min", "1:02:05 h" or "4 days, 11:00:00 h"."""
+    text = str(timedelta(seconds=round(seconds)))
+    return f"{text} h" if seconds >= 3600 else f"{text.removeprefix('0:')} min"
 
 
 def resume_command(run: Run) -> str:

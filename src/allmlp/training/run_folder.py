@@ -171,10 +171,8 @@ def planned_path(config: TrainConfig) -> Path:
 def environment(
     config: TrainConfig, splits: Splits, device: torch.device, best: Path | None
 ) -> dict[str, Any]:
-    """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints.
-
-    That of the first weights is None where `best` stands in for them, as they are gone.
-    """
+    """Returns the contents of environment.json; the first weights' fingerprint is None where `best`
+    stands in for them."""
     found = splits.fingerprints
     data: dict[str, Any] = {
         "training_images": len(splits.train),

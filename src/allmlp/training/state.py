@@ -18,7 +18,7 @@ from allmlp.data.source import BadImage
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy
-from allmlp.runtime.world import World, copy_full_parameters, parallelize
+from allmlp.runtime.world import World, full_tensor, parallelize
 from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
@@ -140,7 +140,7 @@ class RunState:
         """Starts writing best/ and a checkpoint; training continues in the meantime."""
         first, self.write_best = self.write_best, None
         if self.config.keep_checkpoints == 0:
-            self.checkpoints.start(first)
+            self.checkpoints.save(self.step, None, {}, first=first)
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
         names = ("best", "since_best", "last_result_at", "loss_sum", "loss_count")
@@ -207,7 +207,9 @@ class RunState:
         for name, target in _statistics(self.copy).items():
             target.copy_(statistics[name])
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        copy_full_parameters(self.copy, (weights | self.average).items())
+        weights |= self.average
+        for name, target in self.copy.named_parameters():
+            target.copy_(full_tensor(weights[name]))
         return self.copy
 
 
