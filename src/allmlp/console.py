@@ -40,7 +40,6 @@ class Reporter:
         self._said: list[str] = []
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Prints a line and logs it."""
         self.console.print(text, style=style, markup=False)
         self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
@@ -48,7 +47,6 @@ class Reporter:
             self._flush()
 
     def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
-        """Prints rows by column, see `table_of`."""
         for line in table_of(rows, left):
             self.say(line)
 
@@ -85,13 +83,10 @@ class Reporter:
 
 
 class ProgressBar:
-    """A progress bar, see `Reporter.progress`."""
-
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, amount: int, note: str | None = None, description: str | None = None) -> None:
-        """Advances the bar; changes the note and description if given."""
         self._bar.update(self._task, advance=amount, description=description)
         if note is not None:
             self._bar.tasks[0].fields["note"] = note
@@ -131,6 +126,5 @@ def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
 
 
 def report_notes(notes: Iterable[str]) -> None:
-    """Prints notes on standard error."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

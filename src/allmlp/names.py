@@ -25,7 +25,6 @@ def own_entry(entries: Mapping[str, Value]) -> Value | None:
 
 
 def extra(name: str) -> str:
-    """Returns the command that installs an optional dependency group."""
     return f"pip install '{NAME}[{name}]'"
 
 

@@ -265,7 +265,7 @@ def test_an_infinite_gradient_changes_nothing(data, straight, tmp_path, monkeypa
 
     def poison(trainer: loop.Trainer) -> None:
         trainers.append(trainer)
-        tensors = trainer.state.tensors()
+        tensors = trainer.tensors()
         before.update({name: value.detach().clone() for name, value in tensors.items()})
         place = torch.zeros_like(trainer.model.stem.weight).flatten()
         place[5] = float("inf")
@@ -278,7 +278,7 @@ def test_an_infinite_gradient_changes_nothing(data, straight, tmp_path, monkeypa
     last = tmp_path / "run" / "checkpoints" / "step-00000014"
     assert f"the last good checkpoint is {last}" in error.value.what
     assert error.value.fix is not None
-    after = trainers[0].state.tensors()
+    after = trainers[0].tensors()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     check_same(train(tmp_path / "run"), straight)

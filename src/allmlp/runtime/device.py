@@ -58,7 +58,6 @@ def to_device(model: Net, device: str | None) -> Net:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
@@ -99,7 +98,6 @@ class Transfer:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Returns unused memory of torch to a GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
@@ -113,8 +111,6 @@ def check_device_of_exported(device: str | None) -> None:
 
 @dataclass(frozen=True)
 class ComputePolicy:
-    """Precision and compilation of a run."""
-
     device: torch.device
     precision: str  # of matmuls, "float32" or "bfloat16"
     compile: bool  # whether to use torch.compile
@@ -165,7 +161,6 @@ def _takes_long(device: torch.device, operations: int, num_steps: int) -> bool:
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
-    """Returns the fastest precision on a device for a step of this size, and the reason."""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "bfloat16", "this GPU is fast at it"
@@ -180,7 +175,6 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raises UserError for a GPU without bfloat16 support."""
     if device.type == "mps":
         what = "bfloat16 is not supported on an Apple GPU"
         raise UserError(what, where="precision", fix="Use float32")
@@ -224,7 +218,6 @@ class Compiler:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Returns whether torch.compile has the compiler it needs."""
     named = os.environ.get("CXX") or os.environ.get("CC")
     if named:
         return shutil.which(named.split()[0]) is not None
@@ -333,7 +326,6 @@ def _prefer_onednn(products: Any) -> None:
 
 
 def check_threads(num_threads: int) -> None:
-    """Raises UserError for more threads than the system can safely start."""
     most = max(256, 8 * (os.cpu_count() or 1))
     if not 1 <= num_threads <= most:
         what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
@@ -391,7 +383,6 @@ def _memory(*names: str) -> int | None:
 
 
 def check_fits_memory(num_values: int, what: str, device: str | torch.device = "cpu") -> None:
-    """Raises UserError if this many float32 values exceed the device's total memory."""
     available, needed = total_memory(torch.device(device)) or 2**40, 4 * num_values
     if needed > available:
         gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {available / 2**30:,.0f}"

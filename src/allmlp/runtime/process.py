@@ -60,7 +60,6 @@ def is_main_process() -> bool:
 
 
 def num_processes() -> int:
-    """Returns how many processes torchrun has started for this command."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 

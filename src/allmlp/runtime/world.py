@@ -110,7 +110,6 @@ class World:
         return values
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites the tensors on every process with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -120,7 +119,6 @@ class World:
             dist.barrier()
 
     def dead_ranks(self) -> list[int]:
-        """Returns the ranks on this machine whose process has exited."""
         here, peers = machine(), enumerate(self.peers)
         return [n for n, (host, pid) in peers if host == here and not process_lives(pid)]
 
@@ -223,7 +221,6 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
 
 
 def _own_device(chosen: torch.device, name: str) -> torch.device:
-    """Returns the device of this process, one of several."""
     if chosen.type == "mps":
         what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
         raise UserError(what, where="device", fix="Start one process, or take cpu")
@@ -361,7 +358,6 @@ def parallelize(
 
 
 def shard(model: nn.Module, size: int, precision: str) -> None:
-    """Shards the model over so many processes, see `parallelize`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 

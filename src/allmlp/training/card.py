@@ -100,7 +100,6 @@ class Outcome:
 
     @property
     def shown(self) -> Evaluation | None:
-        """The result that counts."""
         return self.validation if self.test is None else self.test
 
     @property
@@ -109,7 +108,6 @@ class Outcome:
 
     @property
     def caveat(self) -> str:
-        """What the accuracy is worth."""
         if self.splits.test is not None:
             return "The test images are measured once, at the end."
         if self.splits.validation is None:

@@ -112,7 +112,6 @@ class Checkpoints:
                     self._pending = None
 
     def close(self) -> None:
-        """Waits for the save in progress and ends the thread."""
         try:
             self.wait()
         finally:
@@ -178,7 +177,6 @@ class Checkpoints:
             self._say(f"An old checkpoint could not be removed: {error}")
 
     def _retain(self, newest: Path) -> None:
-        """Removes complete checkpoints that are neither among the newest nor the newest best."""
         # The checksum was verified when written or found.
         known = [found for found in self._readable() if found.path.name not in self._damaged]
         kept = {newest, *(found.path for found in known[: self._keep])}

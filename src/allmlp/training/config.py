@@ -545,7 +545,6 @@ def _checked(values: dict[str, Any]) -> TrainConfig:
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Changes one setting in nested JSON values."""
     target, (*parents, name) = values, key.split(".")
     for parent in parents:
         if not isinstance(target.get(parent), dict):
@@ -598,7 +597,6 @@ def _unknown(key: str) -> OptionError:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested JSON values to paths."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

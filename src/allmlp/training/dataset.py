@@ -114,7 +114,6 @@ def _checked(settings: DataSettings, splits: Splits | None) -> Splits:
 
 
 def splits_with_train(source: str) -> dict[str, Source]:
-    """Returns the splits of data, which must include train."""
     splits = open_splits(source)
     if "train" not in splits:
         fix = f"Known there: {', '.join(splits)}. Give a source that has both"
@@ -238,8 +237,6 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of a training image, with its own random numbers."""
-
     settings: AugmentSettings
     preprocessing: Preprocessing
 

@@ -102,5 +102,4 @@ def describe_fit(config: TrainConfig, num_images: int, device: str = "cpu") -> s
 
 
 def are_too_few(config: TrainConfig, num_parameters: int, num_images: int) -> bool:
-    """Whether the training images are too few for random weights."""
     return config.model.weights is None and num_parameters > MOST_WEIGHTS * num_images

@@ -54,7 +54,6 @@ class Loggers:
         self.stop_asked = False  # by a callback
 
     def tell(self, what: str, *given: Any) -> None:
-        """Calls the method of this name of every logger."""
         for logger in list(self.active):
             try:
                 getattr(logger, what)(*given)

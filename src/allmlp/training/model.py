@@ -76,7 +76,6 @@ def build_model(
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freezes everything except `model.head`, for a linear probe."""
     head = head_of(model)
     model.requires_grad_(False)
     head.requires_grad_(True)

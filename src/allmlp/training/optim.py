@@ -66,7 +66,6 @@ def positive_weights(counts: np.ndarray, num_images: int) -> np.ndarray:
 
 
 def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the learning rate at a step (from 0) of a run of `num_steps`."""
     warmup, schedule = warmup_steps(optimizer, num_steps), optimizer.schedule
     progress = (step - warmup) / max(num_steps - warmup, 1)
     progress = min(max(progress, 0.0), 1.0)
@@ -89,7 +88,6 @@ def warmup_steps(optimizer: Optimizer, num_steps: int) -> int:
 
 
 def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
-    """Raises UserError if the run ends before it reaches the full learning rate."""
     warmup = warmup_steps(optimizer, num_steps)
     if warmup >= num_steps:
         what = f"optimizer.warmup={optimizer.warmup:g} is {warmup:,} steps of warm-up, and the "
@@ -104,13 +102,11 @@ def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
 
 
 def power(number: int) -> str:
-    """Formats a large number as "1.1e16"."""
     digits, _, exponent = f"{number:.1e}".partition("e")
     return f"{digits}e{int(exponent)}"
 
 
 def state_copies(settings: Optimizer) -> int:
-    """Returns how many float32 copies of the weights a run holds: gradient, moments and so on."""
     moments = bool(settings.momentum) if isinstance(settings, settings_of.SGD) else 2
     return 2 + moments + bool(settings.ema_decay) + bool(settings.sam_rho)
 
@@ -238,7 +234,6 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 
 def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the SAM rho at a step; 0 for an ordinary gradient."""
     return optimizer.sam_rho if step >= round(optimizer.sam_start * num_steps) else 0.0
 
 

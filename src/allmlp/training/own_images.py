@@ -23,8 +23,6 @@ _UNKNOWN = (OSError, ValueError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class Measured:
-    """Images to measure a model on."""
-
     source: Source
     are_held_out: bool = False  # whether these are the images that the model's run held out
     trained_on: int | None = None  # number of them in the training set; None: unknown
@@ -92,7 +90,6 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
 
 
 def _held_out(path: Path, config: TrainConfig, name: str) -> Source | None:
-    """The images that the run held out, if the name refers to them."""
     asked, own = parse_name(name), parse_name(config.data.source)
     if asked.part is not None or asked.split not in (None, "validation"):
         return None

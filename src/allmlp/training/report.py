@@ -55,9 +55,9 @@ class TrainResult:
     expected_seconds: float | None = None
 
 
-def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> None:
-    """Prints the settings and the data before training starts."""
-    config, world, device, train = run.config, run.world, run.compute.device, run.splits.train
+def announce(run: Run, *, in_study: bool = False) -> None:
+    config, model, world, train = run.config, run.model, run.world, run.splits.train
+    device = run.compute.device
     first, *more = run.splits.describe()
     lines = [("data", f"{config.data.source}: {first}"), *(("", line) for line in more)]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -127,7 +127,6 @@ def _balance(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration as "12:05 min", "1:02:05 h" or "4 days, 11:00:00 h"."""
     text = str(timedelta(seconds=round(seconds)))
     return f"{text} h" if seconds >= 3600 else f"{text.removeprefix('0:')} min"
 
@@ -146,7 +145,6 @@ def _command(*words: str) -> str:
 
 
 def predictor_of(run: Run, model: ImageClassifier, batch_size: int, precision: str) -> Predictor:
-    """Returns the predictor that computes as the run does."""
     return Predictor(
         model,
         device=str(run.compute.device),
@@ -160,7 +158,6 @@ def predictor_of(run: Run, model: ImageClassifier, batch_size: int, precision: s
 def measure(
     model: ImageClassifier, source: Source, run: Run, precision: str | None = None
 ) -> Evaluation:
-    """Evaluates a model, identical on all processes, on all images."""
     images_each = math.ceil(len(source) / run.world.size)  # so that no process idles
     batch_size = max(1, min(256, run.config.batch_size // run.world.size, images_each))
     predictor = predictor_of(run, model, batch_size, precision or run.compute.precision)
@@ -243,7 +240,6 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
 
 
 def _next_commands(run: Run) -> list[tuple[str, str]]:
-    """Returns what to do next, ready to copy: purpose, command."""
     splits, data, folder = run.splits, run.config.data.source, str(run.folder.path)
     example = splits.test or splits.validation or splits.train
     held_out = example is splits.validation and splits.held_out  # they have no data name

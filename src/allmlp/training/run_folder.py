@@ -98,12 +98,10 @@ def best_of(path: Path) -> Path | None:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings that determine a run's result: path of the setting -> JSON value."""
     return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
 
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    """Raises UserError naming the settings that change a run's result and differ."""
     before, after = identity(old), identity(new)
     keys = sorted((before.keys() | after.keys()) - {"data.source"})
     changed = [key for key in keys if before.get(key) != after.get(key)]
@@ -142,7 +140,6 @@ def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
-    """Returns the error for a run whose images have changed."""
     what = f"the images differ from those that the run began with{moved}"
     fix = "Restore them, or begin a new run in another output folder"
     return UserError(what, where=path, fix=fix, code="other-data")
@@ -235,7 +232,6 @@ class RunFolder:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the folder."""
         if not self.writes or self._lock is not None:
             return []
         return [
@@ -262,7 +258,6 @@ class RunFolder:
         return {line.partition("\t")[0] for line in text.splitlines()}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:
-        """Writes a file in the folder, text or JSON."""
         if self.writes:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             atomic_write(self.path / name, text.encode(errors="backslashreplace"))

@@ -59,7 +59,6 @@ def run_report(outcome: Outcome, folder: RunFolder, commands: Sequence[tuple[str
 
 
 def evaluation_report(model: Classifier, result: Evaluation, source: Source, folder: Path) -> None:
-    """Writes the report of an evaluation beside its figures."""
     which = "held-out images of its run" if result.are_held_out else "images"
     parts = [
         tag("h1", f"{model.source or 'A model'} on {result.data}"),
@@ -77,7 +76,6 @@ def _accuracy(result: Evaluation, which: str) -> list[str]:
 
 
 def _evaluation(result: Evaluation, source: Source, folder: Path) -> Iterable[str]:
-    """Yields classes, confusions, figures and the worst mistakes."""
     rows = [row for row in result.per_class() if row["images"]]
     rows.sort(key=lambda row: row["recall"])
     cells = [[_cell(value) for value in row.values()] for row in rows]
@@ -140,7 +138,6 @@ def _changed(outcome: Outcome) -> list[str]:
 
 
 def _concerns(outcome: Outcome, run: Path) -> Iterable[str]:
-    """Yields what the numbers mean, in words."""
     train = outcome.splits.train
     counts = train.class_counts()
     few = [f"{train.class_names[at]} ({counts[at]})" for at in np.flatnonzero(counts < _ENOUGH)]
