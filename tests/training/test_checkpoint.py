@@ -7,10 +7,8 @@ import io
 import json
 import math
 import os
-import random
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -216,37 +214,6 @@ def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
 
 # Kills
 
-SAVER = """
-from test_checkpoint import *
-checkpoints = Checkpoints(Path(FOLDER), say=lambda line: None)
-found = checkpoints.newest()
-number = found.step if found else 0
-while True:
-    number += 1
-    checkpoints.save(number, state(number), {"step": number}, is_best=number % 7 == 0)
-    checkpoints.wait()
-    print(number, flush=True)
-"""
-
-
-@pytest.mark.slow
-@unix
-def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
-    chance, partial, newest, folder = random.Random(0), 0, 0, tmp_path / "checkpoints"
-    for life in range(20):
-        text = tmp_path / f"said {life}"
-        process = start([], text, SAVER.replace("FOLDER", repr(str(folder))))
-        until(process.said, 30.0)
-        assert int(process.said().split()[0]) == newest + 1  # it resumed what the kill had left
-        time.sleep(chance.uniform(0.0, 0.06))
-        process.kill()
-        promised = int(process.said().split()[-1])
-        partial += any(name.endswith(".partial") for name in names(folder))
-        newest = whole_number(folder)
-        assert newest >= promised
-    assert partial >= 3  # it was caught in the act
-
-
 STOPPED = """
 from test_checkpoint import *
 def stop():
@@ -397,8 +364,22 @@ def damage_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", [STATE, MANIFEST])
-@pytest.mark.parametrize("damage", [flip, damage_truncate, damage_empty, Path.unlink])
+def damage_block(path: Path) -> None:
+    """A pipe in the place of a file, which to read would block."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = [flip, damage_truncate, damage_empty, Path.unlink]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in (STATE, MANIFEST) for damage in DAMAGES),
+        pytest.param(STATE, damage_block, marks=unix),
+    ],
+)
 def test_what_is_damaged_is_named_and_skipped(tmp_path, name, damage):
     saved(tmp_path, 1, 2)
     damage(tmp_path / "step-00000002" / name)
@@ -419,14 +400,6 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path):
             verify(path.parent, deep=False)
     path.write_bytes(raw)
     assert verify(path.parent).step == 1
-
-
-@unix
-def test_a_pipe_in_the_place_of_a_file_blocks_nobody(tmp_path: Path):
-    saved(tmp_path, 1, 2)
-    (tmp_path / "step-00000002" / STATE).unlink()
-    os.mkfifo(tmp_path / "step-00000002" / STATE)
-    assert whole_number(tmp_path, []) == 1
 
 
 def test_all_are_damaged(tmp_path: Path):

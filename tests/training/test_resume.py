@@ -29,6 +29,7 @@ from runs import (
 )
 
 SGD = {"optimizer": "sgd"}
+PLAIN = {**SGD, "optimizer__momentum": 0.0}
 MUON = {"optimizer": "muon"}
 SHARPNESS = {"optimizer__sam_rho": 0.05, "optimizer__sam_start": 0.3}
 PARTS = {"micro_batch_size": 3}
@@ -36,7 +37,7 @@ CASES = {
     "sgd, sharpness, in parts": {**DROPOUT, **SGD, **SHARPNESS, **PARTS},
     "muon, in parts, with workers": {**DROPOUT, **MUON, **PARTS, "data__num_workers": 2},
     "balanced by the sampler": {**DROPOUT, "data__balance": "sampler"},
-    "balanced by weights": {**DROPOUT, "data__balance": "weights"},
+    "plain sgd, balanced by weights": {**DROPOUT, **PLAIN, "data__balance": "weights"},
     "adamw, sharpness, no average": {**DROPOUT, **SHARPNESS, "optimizer__ema_decay": 0.0},
 }
 

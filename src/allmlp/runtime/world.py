@@ -97,7 +97,7 @@ class World:
         elif self.rank != first:
             value = function()
         self.barrier()  # until all have mapped it
-        if own is not None:
+        if isinstance(own, _Shared):
             os.close(own.descriptor)
         return value
 

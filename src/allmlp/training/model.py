@@ -147,14 +147,10 @@ def _with_head_for(
             with torch.no_grad():
                 head_of(model).weight[kept] = head_of(trained).weight[rows]
                 head_of(model).bias[kept] = head_of(trained).bias[rows]
-    if not kept:
-        which = "other classes" if known else "classes without names"
-        was = f"the weights had {had:,} {which}" if had else "the weights had none"
-        report.say(f"head     new, all zeros, for {plural(len(names), 'class')}; {was}")
-    elif len(kept) == len(names) == had:
-        report.say(f"head     kept: the weights know these {plural(len(names), 'class')}")
-    else:
-        some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
-        added = f"{len(new):,} new, zeros: {some}" if new else "none new"
-        report.say(f"head     kept {len(kept):,} of {plural(had, 'class')}, {added}")
+    some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
+    of = f"{had:,}" if known or not had else f"{had:,} without names"
+    added = f", {len(new):,} new, zeros: {some}" if new else ""
+    report.say(
+        f"head     kept {len(kept):,} of {of} rows, for {plural(len(names), 'class')}{added}"
+    )
     return model, names, new

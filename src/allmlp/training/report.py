@@ -34,7 +34,6 @@ from allmlp.weights.load import load_model
 from allmlp.weights.save import save_model
 
 _UNEVEN = 10  # times as many images in one class as in another
-_LONG = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,6 @@ def announce(run: Run, *, in_study: bool = False) -> None:
             style="yellow",
         )
     run.report.say(f"results  {run.folder.path}")
-
-
-def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> None:
-    """Prints how long the rest of a run takes, and the probe if that is far shorter."""
-    config, say = run.config, run.report.say
-    work = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, including evaluations"
-    if config.model.train_only == "probe":
-        work = f"{plural(len(run.splits.train), 'image')} to compute features of"
-    say(f"time     about {duration(seconds)} ({work}), measured on this machine")
-    if probe is not None and seconds > _LONG > 10 * probe:
-        words = ("finetune", config.model.weights or "", "--data", config.data.source, "--probe")
-        say(f"         a linear probe takes about {duration(probe)}: {_command(*words)}")
 
 
 def balance_weights(train: Source) -> np.ndarray:
@@ -180,18 +167,13 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
                 save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
         test = measure(model, splits.test, run, "float32")
+        run.name_bad(test.bad)
+    reached = TrainResult(folder.path, validation, test)
     if not run.world.is_main:
-        return TrainResult(folder.path, validation, test)
+        return reached
     outcome = Outcome(config, splits, model, validation, test)
-    shown, source = outcome.shown, outcome.source
+    shown, source, drawn = outcome.shown, outcome.source, list[str]()
     kind = "validation" if test is None else "test"
-    bad = folder.bad_files()
-    for image in test.bad if test is not None else []:  # bad validation images were listed before
-        if image.name not in bad:
-            folder.log_bad_file(image)
-        bad.add(image.name)
-        say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
-    drawn = []
     if config.model.train_only != "probe":  # which has neither batches nor a curve
         folder.draw_curves()
         drawn += ["train_batch", "curves"]
@@ -210,8 +192,8 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         say(f"{line}({right} {correct}{shown.chance})", style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
-    if bad:
-        what = f"warning  {plural(len(bad), 'bad image')} left out, named in "
+    if run.named_bad:
+        what = f"warning  {plural(len(run.named_bad), 'bad image')} left out, named in "
         say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")
     say(f"model    {folder.best}")
     for line in summary(model.decision):
@@ -221,10 +203,11 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         check_number_bad(test.bad, splits.test, config.data.max_bad)
     for name in drawn:
         folder.loggers.tell("image", run.num_steps, name, folder.plots / f"{name}.png")
-    measured = {"validation": validation, "test": test}
-    figures = {kind: dict(found.figures()) for kind, found in measured.items() if found}
+    measured = [
+        (part, found) for part, found in (("validation", validation), ("test", test)) if found
+    ]
     folder.loggers.finish(
-        {f"{kind}_{name}": value for kind in figures for name, value in figures[kind].items()}
+        {f"{part}_{name}": value for part, found in measured for name, value in found.figures()}
     )
     commands = _next_commands(run)
     run_report(outcome, folder, commands)
@@ -236,7 +219,7 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
             own = _command("train", "--data", "FOLDER", "--image-size", "64")
             say(f"         {own}     (your own images)")
     say(f"report   {folder.path / REPORT}")
-    return TrainResult(folder.path, validation, test)
+    return reached
 
 
 def _next_commands(run: Run) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Run:
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
         self.bad = {image.name: image for image in splits.bad}  # training images only
+        self.named_bad = folder.bad_files()
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
@@ -73,6 +74,14 @@ class Run:
     def seconds(self) -> float:
         """Training time of the run, including the time before it was resumed."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    def name_bad(self, bad: Iterable[BadImage]) -> None:
+        """Prints and lists images that are new."""
+        for image in bad:
+            if image.name not in self.named_bad:
+                self.named_bad.add(image.name)
+                self.folder.log_bad_file(image)
+                self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
 
     def begin(self, details: dict[str, Any], is_old: bool) -> None:
         """Starts the run, with this environment.json, or restores its newest whole checkpoint."""

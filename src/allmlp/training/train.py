@@ -25,7 +25,7 @@ from allmlp.data.sources import read_from
 from allmlp.data.transforms import check_input, normalize
 from allmlp.data.workers import check_guard
 from allmlp.decision import Decision
-from allmlp.errors import UserError, between, named_memory_errors
+from allmlp.errors import UserError, between, named_memory_errors, plural
 from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.evaluation.probe import fit_probe, log_loss
@@ -49,7 +49,6 @@ from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
-    announce_time,
     balance_weights,
     duration,
     finish,
@@ -249,7 +248,6 @@ class Trainer(Run):
                 self.updater.positive_weights = weights
             else:
                 self.class_weights = weights
-        self.named = self.folder.bad_files()
         self.new_bad: list[BadImage] = []
         self.asked = 0  # for a stop, by any process, as of the last known step
         self.begun, self.first_step = time.perf_counter(), 0
@@ -392,10 +390,10 @@ class Trainer(Run):
         if config.optimizer.sam_rho:  # the gradient is computed twice
             computing *= 2.0 - config.optimizer.sam_start
         total = steps * seconds(computing) + (evaluations * validation + test) * forward
-        probe = None
-        if trains_all and config.model.weights and device.type == "cpu":
-            probe = forward * (len(self.splits.train) + 2 * validation + test) * self.world.size
-        announce_time(self, total, steps, probe)
+        work = f"{plural(steps, 'step')} of {total / steps:.2g} s, including evaluations"
+        if config.model.train_only == "probe":
+            work = f"{plural(len(self.splits.train), 'image')} to compute features of"
+        self.report.say(f"time     about {duration(total)} ({work}), measured on this machine")
         return total
 
     def probe(self) -> None:
@@ -454,12 +452,8 @@ class Trainer(Run):
             if not result.is_finite:
                 what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"
                 self.stop(f"{what}; stopped before the weights were changed")
-            self.loss_sum, self.loss_count, self.last_rate = (
-                self.loss_sum + loss,
-                self.loss_count + 1,
-                rate,
-            )
-            self.asked = result.asked
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+            self.last_rate, self.asked = rate, result.asked
             if self.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == self.num_steps:
                 epoch = round(step / self.steps_per_epoch, 4)
                 values = {"step": step, "epoch": epoch, "loss": loss}
@@ -531,9 +525,8 @@ class Trainer(Run):
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Advances the progress bar; without a terminal, prints a line every half minute."""
         seconds, done = time.perf_counter() - self.begun, step + 1 - self.first_step
-        speed = done * self.config.batch_size / seconds
-        rate = self.last_rate
-        note = f"loss {self.mean_loss:.3f}  rate {rate:.2g}  {speed:,.0f} images/s"
+        speed = f"{done * self.config.batch_size / seconds:,.0f} images/s"
+        note = f"loss {self.mean_loss:.3f}  rate {self.last_rate:.2g}  {speed}"
         total = math.ceil(self.epochs - 1e-9)
         epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
@@ -544,28 +537,19 @@ class Trainer(Run):
 
     def note_bad(self, found: list[BadImage]) -> None:
         """Reports undecodable images once, and stops the run if there are too many."""
-        bad = self.bad
-        self.new_bad += [image for image in found if image.name not in bad]
-        bad.update({image.name: image for image in found if image.name not in bad})
+        new = [image for image in found if image.name not in self.bad]
+        self.new_bad += new
+        self.bad.update({image.name: image for image in new})
         self.name_bad(found)
-        check_number_bad(list(bad.values()), self.splits.train, self.config.data.max_bad)
-
-    def name_bad(self, bad: list[BadImage]) -> None:
-        """Reports and lists images that are new."""
-        for image in bad:
-            if image.name not in self.named:
-                self.named.add(image.name)
-                self.folder.log_bad_file(image)
-                self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
+        check_number_bad(list(self.bad.values()), self.splits.train, self.config.data.max_bad)
 
     def end(self, number: int) -> NoReturn:
         """Exits as the signal would have, and prints how to resume the run."""
         self.checkpoints.wait()
         self.report.say(f"\nstopped after step {self.step:,} of {self.num_steps:,}")
+        keeps = self.config.keep_checkpoints > 0
         how = f"to resume: {resume_command(self)}"
-        if not self.config.keep_checkpoints:
-            how = "the run keeps no checkpoints and cannot be resumed"
-        self.report.say(how)
+        self.report.say(how if keeps else "the run keeps no checkpoints and cannot be resumed")
         end(number)
 
     def stop(self, what: str) -> NoReturn:
