@@ -120,12 +120,6 @@ class Outcome:
             "expect somewhat less on new ones."
         )
 
-    @property
-    def length(self) -> str:
-        if self.config.model.train_only == "probe":
-            return "linear probe, the head alone on frozen features of images without augmentation"
-        return f"{self.config.length}, batch {self.config.batch_size}"
-
 
 def described(model: Classifier) -> str:
     height, width = model.config.image_size

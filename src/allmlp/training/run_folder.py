@@ -114,29 +114,28 @@ def check_same(old: TrainConfig, new: TrainConfig) -> None:
         raise UserError(what, where=old.output, fix=fix, code="other-run")
 
 
+def environment_of(run: Path) -> dict[str, Any]:
+    """Returns a run's environment.json; empty if an older version, or damage, left none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return {"data": {}, **parse_json((run / "environment.json").read_bytes())}
+    return {"data": {}}
+
+
 def first_weights(run: Path) -> str | None:
     """Returns the fingerprint of the weights that a run began with; None if it is not known."""
-    try:
-        return parse_json((run / "environment.json").read_bytes())["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return environment_of(run).get("weights")
 
 
 def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
     """Raises UserError if the images are not those of the run; they may have been moved."""
-    old = config_of(path).data.source
-    try:
-        known = parse_json((path / "environment.json").read_bytes())["data"]
-        is_same = splits.has_fingerprint(known["fingerprint"], "train")
-        for name in ("validation", "test") if old != config.data.source else ("validation",):
-            if known.get(name) is not None:  # missing in older versions
-                is_same &= splits.has_fingerprint(known[name], name)
-    except (OSError, ValueError, KeyError, TypeError):
-        is_same = old == config.data.source  # otherwise compared with the checkpoints' later
+    old, new, known = config_of(path).data.source, config.data.source, environment_of(path)["data"]
+    prints = {"train": known.get("fingerprint"), "validation": known.get("validation")}
+    prints |= {"test": known.get("test")} if old != new else {}
+    is_same = old == new or prints["train"] is not None  # else compared with the checkpoints' later
+    for name, found in prints.items():
+        is_same &= found is None or splits.has_fingerprint(found, name)
     if not is_same:
-        new = config.data.source
-        moved = "" if old == new else f": data.source is {old!r} there, {new!r} here"
-        raise other_images(path, moved)
+        raise other_images(path, "" if old == new else f": {old!r} there, {new!r} here")
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
@@ -170,14 +169,9 @@ def environment(
 ) -> dict[str, Any]:
     """Returns the contents of environment.json; the first weights' fingerprint is None where `best`
     stands in for them."""
-    found = splits.fingerprints
-    data: dict[str, Any] = {
-        "training_images": len(splits.train),
-        "fingerprint": found["train"],
-        "validation": found["validation"],
-        "test": found["test"],
-    }
-    source, weights = config.model.weights, None
+    found, source, weights = splits.fingerprints, config.model.weights, None
+    data = {"training_images": len(splits.train), "fingerprint": found["train"]}
+    data |= {name: found[name] for name in ("validation", "test")}
     if source and (best is None or expand(source).exists()):
         try:
             weights = weights_fingerprint(source)
@@ -231,12 +225,9 @@ class RunFolder:
                 self._lock.release()
 
     @property
-    def notes(self) -> list[str]:
-        if not self.writes or self._lock is not None:
-            return []
-        return [
-            "its file system has no locks (Lustre: mount it with -o flock); do not run two in it"
-        ]
+    def is_unlocked(self) -> bool:
+        """Whether nothing refuses a second run, as the file system has no locks."""
+        return self.writes and self._lock is None
 
     def rewind(self, step: int) -> None:
         """Removes log entries of later steps, and unreadable lines."""

@@ -112,8 +112,9 @@ class Run:
         elif is_old:
             self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")
-        for note in folder.notes:
-            say(f"note     {note}", style="yellow")
+        if folder.is_unlocked:
+            what = "its file system has no locks (Lustre: mount it with -o flock)"
+            say(f"note     {what}; do not run two in it", style="yellow")
         self.data = details["data"]["fingerprint"]
         if is_old:
             folder.rewind(self.step)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,6 @@ from allmlp.training.report import (
     TrainResult,
     announce,
     balance_weights,
-    duration,
     finish,
     measure,
     predictor_of,
@@ -393,7 +393,8 @@ class Trainer(Run):
         work = f"{plural(steps, 'step')} of {total / steps:.2g} s, including evaluations"
         if config.model.train_only == "probe":
             work = f"{plural(len(self.splits.train), 'image')} to compute features of"
-        self.report.say(f"time     about {duration(total)} ({work}), measured on this machine")
+        about = timedelta(seconds=round(total))
+        self.report.say(f"time     about {about} ({work}), measured on this machine")
         return total
 
     def probe(self) -> None:
@@ -531,8 +532,8 @@ class Trainer(Run):
         epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
         if not self.report.console.is_terminal and seconds - self.last_line > 30:
-            left = f"{duration((self.num_steps - step - 1) * seconds / done)} to go"
-            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left}")
+            left = timedelta(seconds=round((self.num_steps - step - 1) * seconds / done))
+            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left} to go")
             self.last_line = seconds
 
     def note_bad(self, found: list[BadImage]) -> None:
