@@ -106,33 +106,6 @@ def test_killed_at_every_instant(tmp_path: Path, name: str):
     assert "old" not in last.values()
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-import allmlp as am
-from conftest import tiny_model
-
-def log(line):
-    if line == "timing":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-am.export(tiny_model(), output=sys.argv[1], log=log)
-"""
-
-
-@pytest.mark.slow
-def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
-    path = tmp_path / "m.pt2"
-    command = [sys.executable, "-c", KILLED, str(path), str(Path(__file__).parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = tmp_path.iterdir()
-    assert (left / "m.pt2").stat().st_size > 1000
-    assert am.export(tiny_model(), path).passed
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["m.pt2", "m.pt2.report.json"]
-
-
 HOLDER = """
 import sys
 from pathlib import Path

@@ -27,7 +27,7 @@ from allmlp.training.checkpoint import (
     verify,
     write_manifest,
 )
-from runs import start, unix, until
+from runs import unix
 
 
 def state(number: int) -> dict[str, Tensor]:
@@ -214,61 +214,36 @@ def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
 
 # Kills
 
-STOPPED = """
-from test_checkpoint import *
-def stop():
-    print("stopped", flush=True)
-    time.sleep(60)
 
-def rename(source, target, real=os.rename):
-    if Path(target).name == "step-00000003":
-        stop()
-    real(source, target)
+def test_a_rename_is_the_last_of_a_save_and_the_first_of_a_removal(tmp_path, monkeypatch):
+    """So what a kill leaves has another name, and what has its name is whole."""
+    renamed: list[tuple[str, list[str]]] = []
+    rename = Path.rename
 
-def rmtree(path, *arguments, real=shutil.rmtree, **options):
-    if Path(path).name == ".step-00000001.removed":
-        (Path(path) / STATE).unlink()
-        stop()
-    real(path, *arguments, **options)
+    def noting(source: Path, target: Path) -> Path:
+        renamed.append((Path(target).name, names(source)))
+        return rename(source, target)
 
-checkpoints = saved(Path(FOLDER), 1, 2)
-PATCH
-checkpoints.save(3, state(3), {"step": 3})
-checkpoints.wait()
-"""
+    monkeypatch.setattr(Path, "rename", noting)
+    saved(tmp_path, 1, 2, 3)
+    new = [f"step-0000000{step}" for step in (1, 2, 3)]
+    assert renamed == [(name, [MANIFEST, STATE]) for name in (*new, ".step-00000001.removed")]
 
 
-@unix
-@pytest.mark.parametrize(
-    ("patch", "leftover", "newest"),
-    [
-        ("os.rename = rename", ".step-00000003.partial", 2),
-        ("shutil.rmtree = rmtree", ".step-00000001.removed", 3),
-    ],
-)
-@pytest.mark.slow
-def test_killed_before_the_rename_and_in_a_removal(tmp_path, patch, leftover, newest):
-    folder = tmp_path / "checkpoints"
-    script = STOPPED.replace("PATCH", patch).replace("FOLDER", repr(str(folder)))
-    process = start([], tmp_path / "said", script)
-    until(lambda: "stopped" in process.said(), 30.0)
-    process.kill()
-    assert leftover in names(folder)
-    assert (folder / leftover / MANIFEST).exists()  # all of it was there but the name
+def test_what_a_kill_leaves_goes(tmp_path: Path):
+    saved(tmp_path, 1, 2, 3)
+    (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
+    (tmp_path / ".step-00000001.removed").mkdir()
     lines: list[str] = []
-    assert whole_number(folder, lines) == newest
-    assert lines == [f"Removed what a killed save left in {folder}: {leftover}"]
-    assert whole_number(saved(folder, newest + 1).folder) == newest + 1
-
-
-def test_a_leftover_is_no_obstacle(tmp_path: Path):
-    left = tmp_path / ".step-00000001.partial"
+    assert whole_number(tmp_path, lines) == 2
+    left = ".step-00000001.removed, .step-00000003.partial"
+    assert lines == [f"Removed what a killed save left in {tmp_path}: {left}"]
+    left = tmp_path / ".step-00000003.partial"  # one that nobody has looked for is no obstacle
     left.mkdir()
-    (left / STATE).write_bytes(b"of the run before")
     (left / "more").write_bytes(b"of the run before")
-    saved(tmp_path, 1)
-    assert whole_number(tmp_path) == 1
-    assert names(tmp_path / "step-00000001") == [MANIFEST, STATE]
+    saved(tmp_path, 3)
+    assert whole_number(tmp_path) == 3
+    assert names(tmp_path / "step-00000003") == [MANIFEST, STATE]
 
 
 # A full disk
