@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError
 
 SMALL_STEP = 2e9  # FLOPs
 # Compiling takes about a minute (a GELU, on a CPU, seconds): it pays off if a run takes ten. A step
@@ -35,17 +35,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", *gpus):
-        fix = "Known: auto, cpu, cuda, cuda:0, mps"
-        raise UserError(f"unknown device {name!r}", where="device", fix=fix)
-    available = gpus.get(device.type, 1)
-    if (device.index or 0) >= available:
-        kind = "Apple" if device.type == "mps" else "CUDA"
-        what = f"device {name!r}: PyTorch finds {plural(available, f'{kind} GPU')} here"
-        fix = f"Use {f'{device.type}:0' if available else 'cpu'}"
-        if device.type == "mps":
-            fix += "; mps needs macOS on Apple silicon and a native (arm64) Python"
+        device = torch.device("meta")
+    if (device.index or 0) >= {"cpu": 1, **gpus}.get(device.type, 0):
+        there = ", ".join(f"{number} of {kind}" for kind, number in gpus.items())
+        what = f"device {name!r} is unknown or not here, where PyTorch finds GPUs: {there}"
+        fix = "auto, cpu, cuda, cuda:0 or mps (macOS on Apple silicon with a native Python)"
         raise UserError(what, where="device", fix=fix)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # pinning memory would open a context on GPU 0
@@ -175,14 +169,10 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    if device.type == "mps":
-        what = "bfloat16 is not supported on an Apple GPU"
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if is_old or device.type == "mps":
+        what = f"bfloat16 on {device}: of GPUs, those of compute capability 8.0 have it"
         raise UserError(what, where="precision", fix="Use float32")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            what = f"this GPU has compute capability {major}.{minor}, and bfloat16 needs 8.0"
-            raise UserError(what, where="precision", fix="Use float32")
 
 
 def has_fast_bfloat16() -> bool:

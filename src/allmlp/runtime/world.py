@@ -221,21 +221,18 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
 
 
 def _own_device(chosen: torch.device, name: str) -> torch.device:
-    if chosen.type == "mps":
-        what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
-        raise UserError(what, where="device", fix="Start one process, or take cpu")
-    if chosen.type == "cuda":
-        if chosen.index is not None:
-            what = f"device {name!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
-            raise UserError(what, where="device", fix="Take cuda: each process gets its own GPU")
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-        if local_rank is None:
-            what = "several processes, and nothing says which GPU is whose"
-            raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
-        # Slurm may have given every process one GPU to see.
-        is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-        chosen = choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
-    return chosen
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type == "mps" or chosen.index is not None:
+        what = f"device {name!r} is one GPU, for {os.environ['WORLD_SIZE']} processes"
+        raise UserError(what, where="device", fix="Take cuda, of which each gets its own, or cpu")
+    if local_rank is None:
+        what = "several processes, and nothing says which GPU is whose"
+        raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
+    # Slurm may have given every process one GPU to see.
+    is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    return choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
 
 
 def _exit_after(failed: list[tuple[World, Store]]) -> None:
