@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -157,11 +158,8 @@ def planned_path(config: TrainConfig) -> Path:
             raise UserError(what, where="output", fix="Choose another") from error
         return Path(os.path.expanduser(config.output))
     stem = f"{datetime.now():%Y-%m-%d_%H%M}_{config.recipe}"
-    path, number = Path("runs") / stem, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{stem}_{number}"
-    return path
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
 
 
 def environment(
@@ -185,21 +183,14 @@ class RunFolder:
     """The folder of a run, locked while open; only one process writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.writes, self.loggers = writes, Loggers()
-        self._results_header: list[str] | None = None
+        self.path, self.plots, self.best = path, path / "plots", path / "best"
+        self.checkpoints, self.writes, self.loggers = path / "checkpoints", writes, Loggers()
+        self._lock: FileLock | None = None  # or the file system has none
+        if not writes:
+            return
         try:
-            while config.output is None:  # a concurrent run may have taken the planned name
-                try:
-                    path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    path = planned_path(config)
-            self.path, self.plots, self.best = path, path / "plots", path / "best"
-            self.checkpoints = path / "checkpoints"
-            self._lock: FileLock | None = None  # or the file system has none
-            if not writes:
-                return
-            self.plots.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=config.output is not None)  # planned names are new
+            self.plots.mkdir(exist_ok=True)
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
             self._lock = locked(path / ".lock")
@@ -235,7 +226,6 @@ class RunFolder:
             kept = [values for values in read_metrics(self.path) if values["step"] < step]
             self.write("metrics.jsonl", "".join(f"{json.dumps(values)}\n" for values in kept))
         rows = [row for row in read_results(self.path) if float(row["step"]) <= step]
-        self._results_header = list(rows[0]) if rows else None
         if rows:
             self.write("results.csv", csv_text([rows[0].keys(), *(row.values() for row in rows)]))
         elif self.writes:
@@ -258,11 +248,10 @@ class RunFolder:
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Appends a line to results.csv; all lines have the columns of the first."""
-        header = [] if self._results_header else [list(values)]
-        self._results_header = self._results_header or list(values)
-        # A run that an older version began has fewer columns.
-        row = [values.get(name, "") for name in self._results_header]
-        self._log("results.csv", csv_text([*header, row]), "evaluation", values)
+        rows = read_results(self.path)
+        names = list(rows[0] if rows else values)  # an older version may have had fewer
+        row = [values.get(name, "") for name in names]
+        self._log("results.csv", csv_text([row] if rows else [names, row]), "evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
         self._log("bad_files.txt", f"{bad.name}\t{bad.what}\n")
