@@ -43,8 +43,7 @@ class Reporter:
         self.console.print(text, style=style, markup=False)
         self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
-        if self._log is not None:
-            self._flush()
+        self._flush()
 
     def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
         for line in table_of(rows, left):
@@ -56,7 +55,8 @@ class Reporter:
         self._flush()
 
     def _flush(self) -> None:
-        assert self._log is not None
+        if self._log is None:
+            return
         with (
             path_in_errors(self._log),
             self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,

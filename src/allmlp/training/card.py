@@ -153,7 +153,7 @@ def model_card(outcome: Outcome) -> str:
     if weights:
         licence = "" if known is None else f" ({known.licence})"
         start = f"from the weights {name}; "
-        begun = f", and on the weights that it began with, {name}{licence}"
+        begun = f" and on the weights that it began with, {name}{licence}"
     header: dict[str, Any] = {
         "license": known and _LICENCES.get(known.licence, "other"),
         "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,

@@ -74,10 +74,8 @@ def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
         ends = (round(at * num_steps) if at < 1 else at for at in schedule.decay_at)
         scale = schedule.decay_factor ** sum(step > end for end in ends)
         return optimizer.learning_rate * scale * rise
-    if schedule.name == "cosine":
-        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
-    else:
-        decay = 1.0 - progress
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    decay = cosine if schedule.name == "cosine" else 1.0 - progress
     scale = schedule.final_lr_fraction + (1.0 - schedule.final_lr_fraction) * decay
     return optimizer.learning_rate * scale * rise
 
@@ -135,12 +133,11 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             kind = torch.optim.Muon if hidden[0].is_cuda else Float32Muon
             optimizers.append(kind(hidden, **options))
+        kernels = [p for name, p in trained.items() if is_kernel(name, p)]
+        others = [p for name, p in trained.items() if not is_kernel(name, p)]
         groups: list[dict[str, Any]] = [
-            {
-                "params": [p for name, p in trained.items() if is_kernel(name, p) == decays],
-                "weight_decay": settings.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
+            {"params": kernels, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True))
