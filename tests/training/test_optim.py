@@ -192,13 +192,11 @@ def test_decay_reaches_kernels_only(kind: type[AdamW], mixing: str):
     assert kernels == 2 + 4 * 2  # stem, head, four dense layers in each of two blocks
 
 
-def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
-    """By 0.2 * rate * sqrt(max(A, B)) times a matrix whose singular values are about 1."""
+def test_muon_takes_the_hidden_matrices_only():
     model = tiny_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muon, adamw = build_optimizers(model, Muon(weight_decay=0.0, momentum=0.8, beta2=0.95))
-    assert muon.param_groups[0]["momentum"] == 0.8
-    assert muon.param_groups[0]["nesterov"]
+    assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["nesterov"]) == (0.8, True)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
     hidden, others = (
         {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
@@ -207,21 +205,6 @@ def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
     mlps = [f"{mixing}_mixing.dense_{n}" for mixing in ("token", "channel") for n in (0, 1)]
     assert hidden == {f"blocks.{block}.{mlp}.weight" for block in (0, 1) for mlp in mlps}
     assert others == set(names.values()) - hidden
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    update([muon], rate := 1e-3)
-    for name, parameter in model.named_parameters():
-        moved = before[name] - parameter.detach()
-        if name in others:
-            assert not moved.any(), name
-            continue
-        s = torch.linalg.svdvals(moved / (0.2 * rate * max(parameter.shape) ** 0.5))
-        assert s.min() > 0.5, name  # Newton-Schulz in bfloat16 stops at "about"
-        assert s.max() < 1.5, name
-        g_u, _, g_v = torch.linalg.svd(parameter.grad, full_matrices=False)
-        polar = g_u @ g_v  # the gradient made orthogonal
-        assert torch.nn.functional.cosine_similarity(moved.ravel(), polar.ravel(), 0) > 0.95, name
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
