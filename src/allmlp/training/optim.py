@@ -25,15 +25,15 @@ def loss_function(
     logits: Tensor,
     targets: Tensor,
     loss: Softmax | Sigmoid,
-    *,
-    weighted: bool = False,
+    class_weights: Tensor | None = None,
     positive_weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the mean loss over images; logits and targets, whose rows sum to 1, are (N, classes).
-    `weighted` targets have been multiplied by `class_weights`: the loss is the sum over classes c
-    of target * weight * (the loss if the image were c). `positive_weights`, (classes,), multiply
-    the sigmoid losses where a label is present."""
-    if weighted:
+    With `class_weights`, (classes,), that of an image is the sum over the classes c of target *
+    weight * (the loss if it were c); `positive_weights` multiply the sigmoid losses where a label
+    is present."""
+    if class_weights is not None:
+        targets = targets * class_weights
         total = targets.sum(dim=1, keepdim=True)
         if isinstance(loss, Sigmoid):
             return (total * F.softplus(logits) - targets * logits).sum(dim=1).mean()

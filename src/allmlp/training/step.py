@@ -66,7 +66,7 @@ class Updater:
     num_steps: int  # of the whole run
     say: Callable[[str], None]
     micro_batch_size: int | None = field(default=None, init=False)  # None until chosen
-    positive_weights: Tensor | None = field(default=None, init=False)  # of `loss_function`
+    weights: dict[str, Tensor] = field(default_factory=dict, init=False)  # of `loss_function`
     refused: Tensor | None = field(default=None, init=False)  # 1 after a non-finite step, else 0
 
     def __post_init__(self) -> None:
@@ -174,11 +174,8 @@ class Updater:
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.forward(images[part])
-                positive = self.positive_weights
                 loss = loss_function(
-                    *(logits.float(), targets[part], self.config.loss),
-                    weighted=self.config.data.balance == "weights" and positive is None,
-                    positive_weights=positive,
+                    *(logits.float(), targets[part], self.config.loss), **self.weights
                 )
                 loss = loss * (len(logits) / count)
                 loss.backward()

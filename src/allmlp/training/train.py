@@ -241,13 +241,10 @@ class Trainer(Run):
         self.preprocessing = preprocessing_of(self.model)
         self.steps_per_epoch = len(train) / self.config.batch_size
         self.epochs = self.config.epochs or self.num_steps / self.steps_per_epoch
-        self.class_weights = None
         if self.config.data.balance == "weights":
             weights = torch.from_numpy(balance_weights(train)).float().to(self.compute.device)
-            if train.is_multi_label:
-                self.updater.positive_weights = weights
-            else:
-                self.class_weights = weights
+            kind = "positive_weights" if train.is_multi_label else "class_weights"
+            self.updater.weights = {kind: weights}
         self.new_bad: list[BadImage] = []
         self.asked = 0  # for a stop, by any process, as of the last known step
         self.begun, self.first_step = time.perf_counter(), 0
@@ -437,8 +434,6 @@ class Trainer(Run):
             names = self.splits.train.class_names
             figure = plots.training_batch(images, targets, self.preprocessing, names)
             plots.save(figure, self.folder.plots / "train_batch.png")
-        if self.class_weights is not None:
-            targets = targets * self.class_weights
         self.note_results(self.updater(step, images, targets, depth, dropout_seed))
         if self.average:
             update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
