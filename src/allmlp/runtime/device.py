@@ -191,18 +191,16 @@ class Compiler:
         compiled = torch.compile(function)
 
         def call(*arguments: Any) -> Any:
-            if not self.works:
-                return function(*arguments)
             try:
-                return compiled(*arguments)
+                if self.works:
+                    return compiled(*arguments)
             except RuntimeError as error:
                 # By name: importing its exceptions takes as long as importing torch.
                 if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
-                self.works = False
-                first = str(error).strip().splitlines()[0][:200]
+                self.works, first = False, str(error).strip().splitlines()[0][:200]
                 self.say(f"note     not compiled after all: {first}")
-                return function(*arguments)
+            return function(*arguments)
 
         return call
 

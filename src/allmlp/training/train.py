@@ -245,7 +245,6 @@ class Trainer(Run):
             weights = torch.from_numpy(balance_weights(train)).float().to(self.compute.device)
             kind = "positive_weights" if train.is_multi_label else "class_weights"
             self.updater.weights = {kind: weights}
-        self.new_bad: list[BadImage] = []
         self.asked = 0  # for a stop, by any process, as of the last known step
         self.begun, self.first_step = time.perf_counter(), 0
         self.last_line = self.last_drawn = 0.0  # seconds
@@ -473,10 +472,9 @@ class Trainer(Run):
         latest; returns whether these are the best."""
         config, validation = self.config, self.splits.validation
         self.note_results(self.updater.results())
-        for found in self.world.gather(self.new_bad):  # images that each process could not decode
-            self.name_bad(found)
-            self.bad.update({image.name: image for image in found})
-        self.new_bad = []
+        for found in self.world.gather(self.bad):  # images that a process could not decode
+            self.bad |= found
+            self.name_bad(found.values())
         kept, loss, result = self.kept_model(), self.mean_loss, None
         figures: dict[str, float] = {}
         if validation is not None:
@@ -533,9 +531,7 @@ class Trainer(Run):
 
     def note_bad(self, found: list[BadImage]) -> None:
         """Reports undecodable images once, and stops the run if there are too many."""
-        new = [image for image in found if image.name not in self.bad]
-        self.new_bad += new
-        self.bad.update({image.name: image for image in new})
+        self.bad = {image.name: image for image in found} | self.bad
         self.name_bad(found)
         check_number_bad(list(self.bad.values()), self.splits.train, self.config.data.max_bad)
 
