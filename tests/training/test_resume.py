@@ -288,7 +288,9 @@ def test_an_infinite_gradient_changes_nothing(data, straight, tmp_path, monkeypa
 def test_a_run_killed_while_its_folder_was_made_begins_again(data: Path, tmp_path: Path):
     run = tmp_path / "run"
     config = run_config(data, run)
-    (run / "plots").mkdir(parents=True)
+    left = run / "plots" / ".model.safetensors.abc.partial"  # as if in best/
+    left.mkdir(parents=True)
+    (left / ".tmpAbCdEf").write_bytes(b"half")
     (run / ".lock").touch()
     (run / "config.json").write_text(json.dumps(config.to_json()))
     partial_path(run / "config.json", NO_PROCESS).write_text("{")

@@ -10,9 +10,8 @@ import pytest
 
 import allmlp as am
 from allmlp import plots
-from allmlp.io import partial_path
 from allmlp.training.run_folder import RunFolder
-from conftest import NO_PROCESS, REAL, tiny_model
+from conftest import REAL, tiny_model
 from runs import unix
 
 
@@ -95,18 +94,6 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path, monkeypatch, damage):
         assert (metrics, results) == ([0, 1, 2, 3, 4], [2, 4, 6])
     run.draw_curves()
     run.close()
-
-
-def test_what_a_killed_run_was_writing_goes(tmp_path: Path):
-    run = filled(tmp_path / "run")
-    run.close()
-    folder = run.path / "best" / ".model.safetensors.abc.partial"
-    folder.mkdir(parents=True)
-    (folder / ".tmpAbCdEf").write_bytes(b"half")
-    partial_path(run.path / "metrics.jsonl", NO_PROCESS).write_bytes(b"half")
-    RunFolder(run.path, config(run.path)).close()
-    assert not list((run.path / "best").iterdir())
-    assert not list(run.path.glob("*.partial"))
 
 
 @unix

@@ -92,9 +92,9 @@ class World:
             value = _tried(function)
         own = value if isinstance(value, UserError) else None if value is None else _share(value)
         shared = self._checked(self.gather(own))[first]
-        if shared is not None:
-            value = _mapped(shared)  # also on the first, whose own copy goes
-        elif self.rank != first:
+        with contextlib.suppress(OSError):  # not allowed in this container
+            value = value if shared is None else _mapped(shared)  # on the first, too: one copy
+        if value is None:
             value = function()
         self.barrier()  # until all have mapped it
         if isinstance(own, _Shared):
@@ -142,9 +142,10 @@ def _share(value: Any) -> _Shared | None:
     """Writes a value to memory for other processes; None if the system cannot."""
     arrays: list[pickle.PickleBuffer] = []
     parts = [pickle.dumps(value, protocol=5, buffer_callback=arrays.append)]
-    if not hasattr(os, "memfd_create"):
+    try:
+        shared = _Shared(os.getpid(), os.memfd_create(NAME), [])
+    except (AttributeError, OSError):  # not Linux, or not allowed
         return None
-    shared = _Shared(os.getpid(), os.memfd_create(NAME), [])
     with open(shared.descriptor, "wb", closefd=False) as file:
         for part in (*parts, *(array.raw() for array in arrays)):
             file.write(bytes(-file.tell() % 64))
