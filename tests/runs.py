@@ -114,8 +114,8 @@ class Process:
     def said(self) -> str:
         return self.text.read_text()
 
-    def send(self, number: int, *, to_group: bool = False) -> None:
-        (os.killpg if to_group else os.kill)(self.pid, number)
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def poll(self) -> int | None:
         """Returns the exit code, minus the signal that ended it, or None while it runs."""

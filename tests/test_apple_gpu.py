@@ -37,7 +37,7 @@ def test_choice(monkeypatch):
         choose_policy(device, "bfloat16", "auto", operations=1, num_steps=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(am.UserError, match="one process"), join_world("mps"):
+    with pytest.raises(am.UserError, match="one GPU"), join_world("mps"):
         pass
 
 

@@ -29,10 +29,8 @@ class _Console(Console):
 
 
 class Reporter:
-    """Prints lines, to standard error if results go to standard output, and logs them to a file.
-
-    With `quiet` it only logs.
-    """
+    """Prints lines, to standard error if results go to standard output, unless `quiet`, and logs
+    them to a file."""
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
         self.console = _Console(
@@ -42,15 +40,12 @@ class Reporter:
         self._said: list[str] = []
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Prints a line and logs it."""
         self.console.print(text, style=style, markup=False)
         self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
-        if self._log is not None:
-            self._flush()
+        self._flush()
 
     def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
-        """Prints rows by column, see `table_of`."""
         for line in table_of(rows, left):
             self.say(line)
 
@@ -60,7 +55,8 @@ class Reporter:
         self._flush()
 
     def _flush(self) -> None:
-        assert self._log is not None
+        if self._log is None:
+            return
         with (
             path_in_errors(self._log),
             self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
@@ -87,13 +83,10 @@ class Reporter:
 
 
 class ProgressBar:
-    """A progress bar, see `Reporter.progress`."""
-
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, amount: int, note: str | None = None, description: str | None = None) -> None:
-        """Advances the bar; changes the note and description if given."""
         self._bar.update(self._task, advance=amount, description=description)
         if note is not None:
             self._bar.tasks[0].fields["note"] = note
@@ -122,10 +115,8 @@ def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
 
 
 def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
-    """Lists the first 20 bad images on standard error; returns the exit code, 0 or 3.
-
-    `number` is their total if `bad` is truncated.
-    """
+    """Lists the first 20 of `number` bad images on standard error; returns the exit code, 0 or
+    3."""
     for image in bad[:20]:
         print(f"bad image: {image.name}: {image.what}", file=sys.stderr)
     more = (number or len(bad)) - 20
@@ -135,6 +126,5 @@ def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
 
 
 def report_notes(notes: Iterable[str]) -> None:
-    """Prints notes on standard error."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -25,7 +25,6 @@ _PACKAGES = (
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """Returns date, command, versions and hardware as JSON values."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command(),
@@ -63,7 +62,6 @@ def command() -> str | None:
 
 
 def processor() -> str:
-    """Returns the processor's name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

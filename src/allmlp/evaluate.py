@@ -27,7 +27,7 @@ from allmlp.runtime.device import check_device_of_exported
 from allmlp.runtime.process import is_main_process
 from allmlp.runtime.world import join_world
 from allmlp.training.own_images import Measured, open_measured
-from allmlp.training.web_report import REPORT, evaluation_report
+from allmlp.training.report import REPORT, evaluation_report
 from allmlp.weights.checkpoints import imagenet_classes
 
 _WORST = 20  # number of classes printed

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from allmlp.errors import UserError
 
 NAME, OLD_NAME = "allmlp", "mlp_mixer"
 HUB_NAME = r"[\w.-]+/[\w.-]+"  # owner/name on the Hugging Face hub
-
-Value = TypeVar("Value")
 
 
 def is_format(found: object, expected: str) -> bool:
@@ -19,13 +17,12 @@ def is_format(found: object, expected: str) -> bool:
     return found in (expected, expected.replace(NAME, OLD_NAME))
 
 
-def own_entry(entries: Mapping[str, Value]) -> Value | None:
+def own_entry(entries: Mapping[str, Any]) -> Any:
     """Returns the header entry under our current or old name."""
     return entries.get(NAME, entries.get(OLD_NAME))
 
 
 def extra(name: str) -> str:
-    """Returns the command that installs an optional dependency group."""
     return f"pip install '{NAME}[{name}]'"
 
 

@@ -130,7 +130,7 @@ FINETUNE = "finetune RUN --data ANIMALS"
         ("evaluate RUN --data ANIMALS", "unknown to the model: 'ant', 'bee', 'cat'"),
         ("evaluate . --data digits", "the folder has no weights"),
         ("evaluate RUN --data digits --batch-size 0", "batch_size must be at"),
-        ("evaluate RUN --data digits --device gpu", "unknown device 'gpu'"),
+        ("evaluate RUN --data digits --device gpu", "device 'gpu' is unknown"),
         ("evaluate RUN --data digits --output file/x", "folder cannot be written to"),
         ("evaluate RUN --data digits --output file", "the output is a file, it must be a folder"),
         ("evaluate RUN --data digits --crop 0", "crop must be above 0 and at most 1, got 0.0"),

@@ -41,7 +41,7 @@ def test_one_run(capsys, place):
     assert f"mixer evaluate {run} --data {place / 'data'}:validation" in out
     assert err.splitlines() == [
         "resized  8x8 -> 16x16 pixels: block-diagonal, 2x2 tiles",
-        "head     kept: the weights know these 3 classes",
+        "head     kept 3 of 3 rows, for 3 classes",
     ]
     assert am.load_model(run).config.image_size == (16, 16)
     out, _ = ran(capsys, "train", "--resume", run)

@@ -278,7 +278,7 @@ if os.environ["RANK"] == "1":
     first, second = start_two(typed, tmp_path / "said", fault)
     assert (first.wait(), second.wait()) == (2, 2), first.said() + second.said()
     assert "rank 1: cannot write the predictions: No space left on device" in second.said()
-    assert "rank 1 ended before its parts were written" in first.said()
+    assert "error: " not in first.said()  # the cause alone is printed
     assert len(contents(tmp_path / "out")) == 3  # those of rank 0
     one = start(typed, tmp_path / "text")
     assert one.wait() == 3, one.said()

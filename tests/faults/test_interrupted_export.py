@@ -1,6 +1,5 @@
 """Exports that are killed: no half file, and nothing is left behind for long."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,127 +9,72 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
+from allmlp.deploy import export as module
+from allmlp.deploy.export import ExportReport, Parity
 from allmlp.deploy.formats import format_of
 from allmlp.io import staging_folder
 from conftest import tiny_model
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as Unix has them")
 
-KILLS = """
-import json, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import allmlp as am
-from conftest import tiny_model
-from allmlp.deploy import export as module
-from allmlp.deploy.export import ExportReport, Parity
-from allmlp.deploy.formats import format_of
 
-path, replace, seen = Path(sys.argv[1]), os.replace, []
-before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-parity = Parity("x", 1, 0.0, 1.0, 1.0)
+def killed_export(path: Path, instant: int) -> int:
+    """Exports, quickly, in a child that is killed after so many writes and renames; returns how the
+    child ended."""
+    if number := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    replace, left, parity = os.replace, iter(range(instant)), Parity("x", 1, 0.0, 1.0, 1.0)
 
-def end():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def child(instant):  # counts what is done; the kill comes at one of these
-    def step():
-        nonlocal instant
-        instant -= 1
-        if instant < 0:
-            end()
+    def step() -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def build(model, options, sources, staged, *_):
         step()
         for file in format_of(staged).files(staged):
             file.write_bytes(b"new")
             step()
-        known = {"precision": "float32", "runtime": "none", "image_size": (8, 8)}
-        known |= {"uint8_input": False, "num_threads": 1}
-        return ExportReport(
-            path=str(path), files={}, format="x", parity=parity, speed={}, **known
-        )
+        known = {"precision": "float32", "runtime": "none", "image_size": (8, 8), "files": {}}
+        known |= {"uint8_input": False, "num_threads": 1, "format": "x", "speed": {}}
+        return ExportReport(path=str(path), parity=parity, **known)
 
     def counted(source, target):
         replace(source, target)
         step()
 
-    module.build, os.replace = build, counted
-    module.import_extra = lambda *_: None
-    am.export(tiny_model(), path, overwrite=True)
-    os._exit(0)
-
-for instant in range(20):
-    number = os.fork()
-    if number == 0:
-        child(instant)
-    ended = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-    files = {file.name: file.read_text() for file in path.parent.iterdir() if file.is_file()}
-    hidden = [file.name for file in path.parent.iterdir() if file.is_dir()]
-    seen.append((files, hidden))
-    if ended == 0:
-        break
-    assert ended == -signal.SIGKILL, ended
-    for name in files:
-        (path.parent / name).unlink()
-    for name, data in before.items():
-        (path.parent / name).write_bytes(data)
-print(json.dumps(seen))
-"""
+    try:
+        module.build, os.replace, module.import_extra = build, counted, lambda *_: None
+        am.export(tiny_model(), path, overwrite=True)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
 def test_killed_at_every_instant(tmp_path: Path, name: str):
-    """The parent of the killed puts the files back, and leaves what is hidden to the next one."""
-    path = tmp_path / name
+    """What is hidden is left to the next one."""
+    path, count = tmp_path / name, 0
     files = [file.name for file in format_of(path).files(path)]
-    reports = [f"{name}.report.json"]
-    for file in (*files, *reports):
-        (tmp_path / file).write_bytes(b"old")
-    command = [sys.executable, "-c", KILLS, str(path), str(Path(__file__).parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *killed, (last, hidden) = json.loads(done.stdout)
-    assert len(killed) == 1 + 2 * len(files) + len(reports)
-    for found, left in killed:
-        assert len(left) == 1  # its own: that of the one before is gone
+    reports, ended = [f"{name}.report.json"], -signal.SIGKILL
+    while ended == -signal.SIGKILL:
+        for file in tmp_path.iterdir():
+            if file.is_file():
+                file.unlink()
+        for file in (*files, *reports):
+            (tmp_path / file).write_bytes(b"old")
+        ended, count = killed_export(path, count), count + 1
+        found = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+        hidden = [file for file in tmp_path.iterdir() if file.is_dir()]
+        assert len(hidden) == (ended != 0)  # its own: that of the one before is gone
         assert set(found) <= {*files, *reports}
         values = {found[file] for file in files if file in found}
         if name in found:  # what a runtime is given
             assert len(values) == 1
         assert "old" not in {found.get(report) for report in reports} or values == {"old"}
-    assert [found for found, _ in killed if name not in found] or len(files) == 1
-    assert hidden == []
-    assert set(last) == {*files, *reports}
-    assert {last[file] for file in files} == {"new"}
-    assert "old" not in last.values()
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-import allmlp as am
-from conftest import tiny_model
-
-def log(line):
-    if line == "timing":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-am.export(tiny_model(), output=sys.argv[1], log=log)
-"""
-
-
-@pytest.mark.slow
-def test_a_real_export_sweeps_what_a_killed_one_left(tmp_path: Path):
-    path = tmp_path / "m.pt2"
-    command = [sys.executable, "-c", KILLED, str(path), str(Path(__file__).parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = tmp_path.iterdir()
-    assert (left / "m.pt2").stat().st_size > 1000
-    assert am.export(tiny_model(), path).passed
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["m.pt2", "m.pt2.report.json"]
+    assert (ended, count) == (0, 2 + 2 * len(files) + len(reports))
+    assert set(found) == {*files, *reports}
+    assert {found[file] for file in files} == {"new"}
+    assert "old" not in found.values()
 
 
 HOLDER = """

@@ -1,37 +1,35 @@
 """`mixer data pack` killed or failing while it puts its files in place."""
 
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from allmlp.data.source import Source
 from allmlp.data.sources import open_source, open_splits
 from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError
 
-KILLS = """
-import os, signal, sys
-from pathlib import Path
-from allmlp.data.sources import open_splits
-from allmlp.data.sources.packed import pack_splits
 
-source, target, instants = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-splits, replace = open_splits(source), os.replace
-for instant in range(instants):
-    if (number := os.fork()) == 0:
-        left = iter(range(instant))
+def kill_pack(splits: dict[str, Source], target: Path, instant: int) -> None:
+    """Packs in a child that is killed instead of the rename of this number."""
+    if number := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
+        return
+    left, replace = iter(range(instant)), os.replace
 
-        def replace_or_end(*paths):
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*paths)
+    def replace_or_end(*paths: Path) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
 
+    try:
         os.replace = replace_or_end
-        pack_splits(splits, target / str(instant), shard_bytes=30_000)
-    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
-"""
+        pack_splits(splits, target, shard_bytes=30_000)
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
@@ -42,10 +40,9 @@ def test_a_kill_among_the_renames(class_folder: Path, tmp_path: Path):
     pack_splits(splits, tmp_path / "whole", shard_bytes=30_000)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(whole) > 4
-    arguments = [str(class_folder), str(tmp_path), str(len(whole))]
-    subprocess.run([sys.executable, "-c", KILLS, *arguments], check=True)
     for instant in range(len(whole)):
         folder = tmp_path / str(instant)
+        kill_pack(splits, folder, instant)
         assert len(list(folder.glob("*.arrow"))) == instant
         with pytest.raises(UserError, match="data pack"):
             open_splits(str(folder))

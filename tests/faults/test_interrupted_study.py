@@ -14,8 +14,8 @@ from studies import settings
 
 KILLED = """
 def kill(trainer):
-    if trainer.run_folder.path.name == "lr-0.2":
-        trainer.state.checkpoints.wait()
+    if trainer.folder.path.name == "lr-0.2":
+        trainer.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
 before_step(patch, 4, kill)

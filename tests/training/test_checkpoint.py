@@ -7,10 +7,8 @@ import io
 import json
 import math
 import os
-import random
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from allmlp.training.checkpoint import (
     verify,
     write_manifest,
 )
-from conftest import user_error
-from runs import start, unix, until
+from runs import unix
 
 
 def state(number: int) -> dict[str, Tensor]:
@@ -211,99 +208,42 @@ def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
         assert error.value.where == str(found.path)
         assert not any(tensor.any() for tensor in tensors.values())
     del good["mask"]
-    with pytest.raises(UserError, match="mask is only in it"):
+    with pytest.raises(UserError, match="mask is BOOL .* in it, not here"):
         checkpoints.load(found, good)
 
 
 # Kills
 
-SAVER = """
-from test_checkpoint import *
-checkpoints = Checkpoints(Path(FOLDER), say=lambda line: None)
-found = checkpoints.newest()
-number = found.step if found else 0
-while True:
-    number += 1
-    checkpoints.save(number, state(number), {"step": number}, is_best=number % 7 == 0)
-    checkpoints.wait()
-    print(number, flush=True)
-"""
+
+def test_a_rename_is_the_last_of_a_save_and_the_first_of_a_removal(tmp_path, monkeypatch):
+    """So what a kill leaves has another name, and what has its name is whole."""
+    renamed: list[tuple[str, list[str]]] = []
+    rename = Path.rename
+
+    def noting(source: Path, target: Path) -> Path:
+        renamed.append((Path(target).name, names(source)))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", noting)
+    saved(tmp_path, 1, 2, 3)
+    new = [f"step-0000000{step}" for step in (1, 2, 3)]
+    assert renamed == [(name, [MANIFEST, STATE]) for name in (*new, ".step-00000001.removed")]
 
 
-@pytest.mark.slow
-@unix
-def test_killed_at_twenty_moments_of_a_run(tmp_path: Path):
-    chance, partial, newest, folder = random.Random(0), 0, 0, tmp_path / "checkpoints"
-    for life in range(20):
-        text = tmp_path / f"said {life}"
-        process = start([], text, SAVER.replace("FOLDER", repr(str(folder))))
-        until(process.said, 30.0)
-        assert int(process.said().split()[0]) == newest + 1  # it resumed what the kill had left
-        time.sleep(chance.uniform(0.0, 0.06))
-        process.kill()
-        promised = int(process.said().split()[-1])
-        partial += any(name.endswith(".partial") for name in names(folder))
-        newest = whole_number(folder)
-        assert newest >= promised
-    assert partial >= 3  # it was caught in the act
-
-
-STOPPED = """
-from test_checkpoint import *
-from conftest import user_error
-def stop():
-    print("stopped", flush=True)
-    time.sleep(60)
-
-def rename(source, target, real=os.rename):
-    if Path(target).name == "step-00000003":
-        stop()
-    real(source, target)
-
-def rmtree(path, *arguments, real=shutil.rmtree, **options):
-    if Path(path).name == ".step-00000001.removed":
-        (Path(path) / STATE).unlink()
-        stop()
-    real(path, *arguments, **options)
-
-checkpoints = saved(Path(FOLDER), 1, 2)
-PATCH
-checkpoints.save(3, state(3), {"step": 3})
-checkpoints.wait()
-"""
-
-
-@unix
-@pytest.mark.parametrize(
-    ("patch", "leftover", "newest"),
-    [
-        ("os.rename = rename", ".step-00000003.partial", 2),
-        ("shutil.rmtree = rmtree", ".step-00000001.removed", 3),
-    ],
-)
-@pytest.mark.slow
-def test_killed_before_the_rename_and_in_a_removal(tmp_path, patch, leftover, newest):
-    folder = tmp_path / "checkpoints"
-    script = STOPPED.replace("PATCH", patch).replace("FOLDER", repr(str(folder)))
-    process = start([], tmp_path / "said", script)
-    until(lambda: "stopped" in process.said(), 30.0)
-    process.kill()
-    assert leftover in names(folder)
-    assert (folder / leftover / MANIFEST).exists()  # all of it was there but the name
+def test_what_a_kill_leaves_goes(tmp_path: Path):
+    saved(tmp_path, 1, 2, 3)
+    (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.partial")
+    (tmp_path / ".step-00000001.removed").mkdir()
     lines: list[str] = []
-    assert whole_number(folder, lines) == newest
-    assert lines == [f"Removed what a killed save left in {folder}: {leftover}"]
-    assert whole_number(saved(folder, newest + 1).folder) == newest + 1
-
-
-def test_a_leftover_is_no_obstacle(tmp_path: Path):
-    left = tmp_path / ".step-00000001.partial"
+    assert whole_number(tmp_path, lines) == 2
+    left = ".step-00000001.removed, .step-00000003.partial"
+    assert lines == [f"Removed what a killed save left in {tmp_path}: {left}"]
+    left = tmp_path / ".step-00000003.partial"  # one that nobody has looked for is no obstacle
     left.mkdir()
-    (left / STATE).write_bytes(b"of the run before")
     (left / "more").write_bytes(b"of the run before")
-    saved(tmp_path, 1)
-    assert whole_number(tmp_path) == 1
-    assert names(tmp_path / "step-00000001") == [MANIFEST, STATE]
+    saved(tmp_path, 3)
+    assert whole_number(tmp_path) == 3
+    assert names(tmp_path / "step-00000003") == [MANIFEST, STATE]
 
 
 # A full disk
@@ -399,8 +339,22 @@ def damage_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", [STATE, MANIFEST])
-@pytest.mark.parametrize("damage", [flip, damage_truncate, damage_empty, Path.unlink])
+def damage_block(path: Path) -> None:
+    """A pipe in the place of a file, which to read would block."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = [flip, damage_truncate, damage_empty, Path.unlink]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in (STATE, MANIFEST) for damage in DAMAGES),
+        pytest.param(STATE, damage_block, marks=unix),
+    ],
+)
 def test_what_is_damaged_is_named_and_skipped(tmp_path, name, damage):
     saved(tmp_path, 1, 2)
     damage(tmp_path / "step-00000002" / name)
@@ -423,14 +377,6 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path):
     assert verify(path.parent).step == 1
 
 
-@unix
-def test_a_pipe_in_the_place_of_a_file_blocks_nobody(tmp_path: Path):
-    saved(tmp_path, 1, 2)
-    (tmp_path / "step-00000002" / STATE).unlink()
-    os.mkfifo(tmp_path / "step-00000002" / STATE)
-    assert whole_number(tmp_path, []) == 1
-
-
 def test_all_are_damaged(tmp_path: Path):
     saved(tmp_path, 1, 2)
     for path in tmp_path.glob(f"*/{STATE}"):
@@ -451,13 +397,9 @@ def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
     write_manifest(folder, {**content, "format": 3})
     with pytest.raises(UserError, match="its format is 3"):
         verify(folder)
-
-
-def test_checkpoints_of_version_0_1_are_one_clear_message(tmp_path: Path):
-    (tmp_path / "step-00000002").mkdir()
-    (tmp_path / "step-00000002" / MANIFEST).write_text('{\n "format": 1,\n "step": 2\n}\n')
-    with user_error("old-format", "version 0.1"):
-        Checkpoints(tmp_path).newest()
+    (folder / MANIFEST).write_text('{\n "format": 1,\n "step": 1\n}\n')
+    with pytest.raises(UserError, match=r"only version 0\.1"):
+        verify(folder)
 
 
 def test_tensors_that_only_their_checksum_calls_whole(tmp_path: Path):

@@ -44,7 +44,7 @@ PARTS = {"micro_batch_size": 3}  # of a part of four: gradients are added up bef
 NOTING = """
 def noting(self, step, batch, train_step=loop.Trainer.train_step):
     own = batch.indices[: self.config.batch_size // self.world.size].tolist()
-    with Path(f"{self.run_folder.path}.images").open("a") as file:
+    with Path(f"{self.folder.path}.images").open("a") as file:
         file.write(json.dumps([step, self.world.rank, own]) + "\\n")
     train_step(self, step, batch)
 
@@ -184,7 +184,7 @@ class Stop(am.Logger):
             raise am.StopTraining
 
 if os.environ["RANK"] == "0":
-    before_step(patch, 5, lambda trainer: trainer.run_folder.loggers.active.append(Stop()))
+    before_step(patch, 5, lambda trainer: trainer.folder.loggers.active.append(Stop()))
 """
 
 
@@ -313,7 +313,8 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     assert processes[rank].wait() == -signal.SIGKILL
     assert other.wait(10.0) == 2
     error = other.said().partition("error: ")[2]
-    assert error.startswith(f"rank {1 - rank}: rank {rank} exited, so training cannot continue: ")
+    prefix = "" if rank else "rank 1: "
+    assert error.startswith(f"{prefix}rank {rank} exited, so training cannot continue: ")
     assert "to fix: Run the same command again to resume" in error
     assert "Traceback" not in other.said()
 

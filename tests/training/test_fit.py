@@ -21,27 +21,21 @@ from conftest import best_of, make_class_folder, mixer, ran, refused, tiny_confi
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "epochs"),
+    ("images", "device", "processes", "batch", "epochs"),
     [
-        *((1, 1, 100), (9, 2, 100), (79, 16, 100), (88, 16, 91), (1259, 256, 100)),
-        *((2047, 256, 63), (2048, 512, 100), (2560, 512, None), (9000, 512, None)),
-        *((20_000, 512, None), (2_000_000, 512, None)),
+        *((1, "cpu", 1, 1, 100), (9, "cpu", 1, 2, 100), (79, "cpu", 1, 16, 100)),
+        *((88, "cpu", 1, 16, 91), (1259, "cpu", 1, 256, 100), (2047, "cpu", 1, 256, 63)),
+        *((2048, "cpu", 1, 512, 100), (2560, "cpu", 1, 512, None), (9000, "cpu", 1, 512, None)),
+        *((20_000, "cpu", 1, 512, None), (2_000_000, "cpu", 1, 512, None)),
+        *((88, "cuda", 1, 32, 100), (1100, "cuda", 1, 512, 100), (9000, "cuda", 1, 512, None)),
+        *((9, "cpu", 6, 6, 100), (79, "cpu", 6, 12, 76), (5000, "cpu", 8, 512, None)),
     ],
 )
-def test_batch_and_epochs_follow_from_the_images(images: int, batch: int, epochs: int | None):
-    assert fitting(images) == (batch, epochs)
-
-
-def test_a_gpu_takes_larger_batches():
-    assert fitting(88, "cuda") == (32, 100)
-    assert fitting(1100, "cuda")[0] == fitting(9000, "cuda")[0] == 512
-
-
-def test_a_batch_divides_by_the_processes(monkeypatch: pytest.MonkeyPatch):
+def test_batch_and_epochs_follow(monkeypatch, images, device, processes, batch, epochs):
+    """From the images; a GPU takes larger batches, and they divide by the processes."""
     monkeypatch.setenv("RANK", "0")
-    for processes, batches in {6: [6, 12, 512], 8: [8, 16, 512]}.items():
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        assert [fitting(images)[0] for images in (9, 79, 5000)] == batches
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert fitting(images, device) == (batch, epochs)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from torch import nn
 import allmlp as am
 from allmlp.errors import UserError
 from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax
-from allmlp.training.model import freeze_all_but_head
 from allmlp.training.optim import (
     Float32Muon,
     build_optimizers,
@@ -23,7 +22,6 @@ from allmlp.training.optim import (
     learning_rate,
     loss_function,
     operations,
-    optimizer_tensors,
     power,
     sam_ascent,
     update,
@@ -74,15 +72,15 @@ def test_class_weights(loss: Softmax | Sigmoid):
         for n, row in enumerate(targets)
         for c, t in enumerate(row)
     )
-    weighted = targets * torch.from_numpy(weights)
-    found = loss_function(logits, weighted, loss, weighted=True)
+    given = torch.from_numpy(weights)
+    found = loss_function(logits, targets, loss, given)
     torch.testing.assert_close(found, expected)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(torch.autograd.grad(found, logits)[0], expected_gradient)
     parts = [slice(0, 10), slice(10, 25)]
-    found = [loss_function(logits[p], weighted[p], loss, weighted=True) for p in parts]
+    found = [loss_function(logits[p], targets[p], loss, given) for p in parts]
     torch.testing.assert_close(found[0] * 10 / 25 + found[1] * 15 / 25, expected)
-    plain = loss_function(logits, targets, loss, weighted=True)
+    plain = loss_function(logits, targets, loss, torch.ones_like(given))
     torch.testing.assert_close(plain, loss_function(logits, targets, loss))
 
 
@@ -194,13 +192,11 @@ def test_decay_reaches_kernels_only(kind: type[AdamW], mixing: str):
     assert kernels == 2 + 4 * 2  # stem, head, four dense layers in each of two blocks
 
 
-def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
-    """By 0.2 * rate * sqrt(max(A, B)) times a matrix whose singular values are about 1."""
+def test_muon_takes_the_hidden_matrices_only():
     model = tiny_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muon, adamw = build_optimizers(model, Muon(weight_decay=0.0, momentum=0.8, beta2=0.95))
-    assert muon.param_groups[0]["momentum"] == 0.8
-    assert muon.param_groups[0]["nesterov"]
+    assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["nesterov"]) == (0.8, True)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
     hidden, others = (
         {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
@@ -209,21 +205,6 @@ def test_muon_moves_the_hidden_matrices_only_and_as_far_as_adam():
     mlps = [f"{mixing}_mixing.dense_{n}" for mixing in ("token", "channel") for n in (0, 1)]
     assert hidden == {f"blocks.{block}.{mlp}.weight" for block in (0, 1) for mlp in mlps}
     assert others == set(names.values()) - hidden
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    update([muon], rate := 1e-3)
-    for name, parameter in model.named_parameters():
-        moved = before[name] - parameter.detach()
-        if name in others:
-            assert not moved.any(), name
-            continue
-        s = torch.linalg.svdvals(moved / (0.2 * rate * max(parameter.shape) ** 0.5))
-        assert s.min() > 0.5, name  # Newton-Schulz in bfloat16 stops at "about"
-        assert s.max() < 1.5, name
-        g_u, _, g_v = torch.linalg.svd(parameter.grad, full_matrices=False)
-        polar = g_u @ g_v  # the gradient made orthogonal
-        assert torch.nn.functional.cosine_similarity(moved.ravel(), polar.ravel(), 0) > 0.95, name
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -247,66 +228,8 @@ def test_muon_in_float32_is_that_of_pytorch_up_to_bfloat16(nesterov: bool):
         torch.testing.assert_close(*momenta)
 
 
-SETTINGS: dict[str, Optimizer] = {
-    "adamw": AdamW(learning_rate=0.01, warmup=2),
-    "sgd": SGD(learning_rate=0.1, warmup=2),
-    "sgd without momentum": SGD(learning_rate=0.1, momentum=0.0, warmup=2),
-    "muon": Muon(learning_rate=0.01, warmup=2),
-}
-
-
-def learn(model: am.ImageClassifier, optimizers: list, settings: Optimizer, steps: range) -> None:
-    """Steps of a run of ten, each with a batch of its own."""
-    for step in steps:
-        random = torch.Generator().manual_seed(step)
-        images = torch.randn((4, 3, 8, 8), generator=random)
-        targets = torch.softmax(torch.randn((4, 7), generator=random), dim=1)
-        model.zero_grad()
-        loss_function(model(images), targets, Softmax()).backward()
-        clip(model.parameters(), settings.clip_norm)
-        update(optimizers, learning_rate(settings, step, 10))
-
-
 def bits(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: t.detach().view(torch.int32).ravel().tolist() for name, t in tensors.items()}
-
-
-def everything(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **optimizer_tensors(model, optimizers)}
-
-
-CASES = [(name, is_probe, 4) for name in SETTINGS for is_probe in (False, True)]
-CASES.remove(("muon", True, 4))  # it has nothing to train
-
-
-@pytest.mark.parametrize(("name", "is_probe", "saved_after"), [*CASES, ("adamw", False, 0)])
-def test_resuming_from_the_tensors_repeats_the_bits(name: str, is_probe: bool, saved_after: int):
-    settings = SETTINGS[name]
-
-    def begin(seed: int) -> tuple[am.ImageClassifier, list[torch.optim.Optimizer]]:
-        model = tiny_model()
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        if is_probe:
-            freeze_all_but_head(model)
-        return model, build_optimizers(model, settings)
-
-    straight, first, second = begin(1), begin(1), begin(2)
-    learn(*straight, settings, range(10))
-    learn(*first, settings, range(saved_after))
-    saved = {name: tensor.detach().clone() for name, tensor in everything(*first).items()}
-    learn(*second, settings, range(2))  # whatever it holds is overwritten
-    with torch.no_grad():
-        for key, tensor in everything(*second).items():
-            tensor.copy_(saved.pop(key))
-    assert not saved
-    learn(*second, settings, range(saved_after, 10))
-    assert bits(everything(*second)) == bits(everything(*straight))
-    before, after = (bits(dict(run[0].named_parameters())) for run in (begin(1), straight))
-    moved = {key for key in before if before[key] != after[key]}
-    assert {"head.weight", "head.bias"} <= moved
-    assert ("stem.weight" in moved) == (not is_probe)
 
 
 # Sharpness-aware minimisation

@@ -74,13 +74,6 @@ def test_a_step_waits_once_and_one_step_late(monkeypatch, sam_rho):
     assert made.results() == []
 
 
-def test_the_same_steps_and_weights_as_with_a_wait():
-    made, plain = updater(True), updater(False)
-    late = [result for number in range(STEPS) for result in step(made, number)] + made.results()
-    assert late == [result for number in range(STEPS) for result in step(plain, number)]
-    assert all(map(torch.equal, weights(made), weights(plain)))
-
-
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_no_step_after_a_non_finite_one_changes_a_weight(scale):
     made = updater(True)

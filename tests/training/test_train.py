@@ -73,7 +73,7 @@ def test_the_average_is_what_is_kept(class_folder, tmp_path, monkeypatch):
         str(class_folder), tmp_path / "run", optimizer__ema_decay=0.9, evaluate_every=2
     )
     saved = am.load_model(am.train(config, quiet=True).run_folder).state_dict()
-    for name, value in kept[0].state.average.items():
+    for name, value in kept[0].average.items():
         assert torch.equal(saved[name], value)
     assert not torch.equal(saved["stem.weight"], kept[0].model.stem.weight)
 

@@ -82,6 +82,6 @@ def test_overfitting_is_said(class_folder, tmp_path: Path, monkeypatch, last, sa
         {"training_loss": "0.8", "validation_loss": "0.5"},
         {"training_loss": "0.1", "validation_loss": last},
     ]
-    monkeypatch.setattr("allmlp.training.web_report.read_results", lambda _: rows)
+    monkeypatch.setattr("allmlp.training.report.read_results", lambda _: rows)
     tiny_run(class_folder, tmp_path / "run")
     assert ("overfitting: the" in read(tmp_path / "run/report.html").text) == said

@@ -245,7 +245,7 @@ def test_a_run_resumes_with_its_running_means(tmp_path: Path, monkeypatch: pytes
     am.train(whole, quiet=True)
 
     def kill(trainer: loop.Trainer) -> None:
-        trainer.state.checkpoints.wait()
+        trainer.checkpoints.wait()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError
 
 SMALL_STEP = 2e9  # FLOPs
 # Compiling takes about a minute (a GELU, on a CPU, seconds): it pays off if a run takes ten. A step
@@ -25,9 +25,6 @@ SMALL_STEP = 2e9  # FLOPs
 LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, {"cuda": 3e14, "cpu": 1e11}
 Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
-
-
-# --- device ---------------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,17 +35,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", *gpus):
-        fix = "Known: auto, cpu, cuda, cuda:0, mps"
-        raise UserError(f"unknown device {name!r}", where="device", fix=fix)
-    available = gpus.get(device.type, 1)
-    if (device.index or 0) >= available:
-        kind = "Apple" if device.type == "mps" else "CUDA"
-        what = f"device {name!r}: PyTorch finds {plural(available, f'{kind} GPU')} here"
-        fix = f"Use {f'{device.type}:0' if available else 'cpu'}"
-        if device.type == "mps":
-            fix += "; mps needs macOS on Apple silicon and a native (arm64) Python"
+        device = torch.device("meta")
+    if (device.index or 0) >= {"cpu": 1, **gpus}.get(device.type, 0):
+        there = ", ".join(f"{number} of {kind}" for kind, number in gpus.items())
+        what = f"device {name!r} is unknown or not here, where PyTorch finds GPUs: {there}"
+        fix = "auto, cpu, cuda, cuda:0 or mps (macOS on Apple silicon with a native Python)"
         raise UserError(what, where="device", fix=fix)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # pinning memory would open a context on GPU 0
@@ -61,7 +52,6 @@ def to_device(model: Net, device: str | None) -> Net:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
@@ -102,14 +92,8 @@ class Transfer:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Returns unused memory of torch to a GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Returns the type in which losses are summed: float64, which an Apple GPU does not have."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_device_of_exported(device: str | None) -> None:
@@ -119,13 +103,8 @@ def check_device_of_exported(device: str | None) -> None:
         raise UserError(what, where="device", fix="Leave it out")
 
 
-# --- precision and compilation --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ComputePolicy:
-    """Precision and compilation of a run."""
-
     device: torch.device
     precision: str  # of matmuls, "float32" or "bfloat16"
     compile: bool  # whether to use torch.compile
@@ -145,31 +124,23 @@ class ComputePolicy:
 def choose_policy(
     device: torch.device, precision: str, compile: str, *, operations: int, num_steps: int
 ) -> ComputePolicy:
-    """Resolves "auto" for precision and compile; explicit choices are never changed.
-
-    `operations` are the FLOPs per step of this process.
-    """
-    reasons = []
+    """Resolves "auto" for precision and compile, by the FLOPs of a step of this process."""
+    reasons = [precision]
     if precision == "auto":
         precision, why = fast_precision(device, operations)
-        reasons.append(f"{precision} ({why})")
-    else:
-        if precision == "bfloat16":
-            check_bfloat16(device)
-        reasons.append(precision)
-    compiles, compiles_gelu = compile == "on", False
+        reasons = [f"{precision} ({why})"]
+    elif precision == "bfloat16":
+        check_bfloat16(device)
+    compiles, compiles_gelu = compile == "on" and can_compile(device), False
     if compile == "auto":
         compiles = pays_to_compile(device, operations, num_steps)
         # In float32 the matrix products take so long that the GELU does not matter.
         is_half = device.type == "cpu" and precision == "bfloat16"
         compiles_gelu = is_half and _takes_long(device, operations, num_steps)
-    elif compiles and not can_compile(device):
-        compiles = False
+    if compiles or compiles_gelu:
+        reasons.append("compiled" if compiles else "GELU compiled")
+    elif compile == "on":
         reasons.append("not compiled: no compiler found")
-    if compiles:
-        reasons.append("compiled")
-    elif compiles_gelu:
-        reasons.append("GELU compiled")
     return ComputePolicy(device, precision, compiles, ", ".join(reasons), compiles_gelu)
 
 
@@ -184,7 +155,6 @@ def _takes_long(device: torch.device, operations: int, num_steps: int) -> bool:
 
 
 def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
-    """Returns the fastest precision on a device for a step of this size, and the reason."""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "bfloat16", "this GPU is fast at it"
@@ -199,15 +169,10 @@ def fast_precision(device: torch.device, operations: int) -> tuple[str, str]:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raises UserError for a GPU without bfloat16 support."""
-    if device.type == "mps":
-        what = "bfloat16 is not supported on an Apple GPU"
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if is_old or device.type == "mps":
+        what = f"bfloat16 on {device}: of GPUs, those of compute capability 8.0 have it"
         raise UserError(what, where="precision", fix="Use float32")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            what = f"this GPU has compute capability {major}.{minor}, and bfloat16 needs 8.0"
-            raise UserError(what, where="precision", fix="Use float32")
 
 
 def has_fast_bfloat16() -> bool:
@@ -226,24 +191,21 @@ class Compiler:
         compiled = torch.compile(function)
 
         def call(*arguments: Any) -> Any:
-            if not self.works:
-                return function(*arguments)
             try:
-                return compiled(*arguments)
+                if self.works:
+                    return compiled(*arguments)
             except RuntimeError as error:
                 # By name: importing its exceptions takes as long as importing torch.
                 if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
-                self.works = False
-                first = str(error).strip().splitlines()[0][:200]
+                self.works, first = False, str(error).strip().splitlines()[0][:200]
                 self.say(f"note     not compiled after all: {first}")
-                return function(*arguments)
+            return function(*arguments)
 
         return call
 
 
 def can_compile(device: torch.device) -> bool:
-    """Returns whether torch.compile has the compiler it needs."""
     named = os.environ.get("CXX") or os.environ.get("CC")
     if named:
         return shutil.which(named.split()[0]) is not None
@@ -252,25 +214,16 @@ def can_compile(device: torch.device) -> bool:
 
 
 def keep_compiled(folder: Path | None) -> None:
-    """Makes torch.compile choose the same kernels every time, and sets its cache folder.
-
-    torch's default is the temporary folder, which may be emptied by a reboot. It stays with several
-    processes (None), which would wait for each other's locks on a shared file system. What the user
-    has set stays, too.
-    """
+    """Makes torch.compile choose the same kernels every time, and keeps its cache in a folder; of
+    several processes (None), which would wait for each other's locks, in torch's temporary one."""
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when it is imported
     config: Any = sys.modules.get("torch._inductor.config")
     if config is not None:
-        with contextlib.suppress(AttributeError):  # older versions have no such setting
-            config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
-    if folder is None:
-        return
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-
-
-# --- threads --------------------------------------------------------------------------------------
+        config.deterministic = os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def cores_of_process() -> int:
@@ -280,12 +233,8 @@ def cores_of_process() -> int:
 
 
 def threads_for(operations: float) -> int:
-    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's.
-
-    A small step is hundreds of tiny operations, and torch's threads synchronize after each. If
-    another process occupies a core, every synchronization waits for the scheduler: such a step was
-    130 times slower on two threads than on one (docs/decisions.md, 9).
-    """
+    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's,
+    which synchronize after each of hundreds of tiny operations (docs/decisions.md, 9)."""
     is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
     return 1 if is_small else torch.get_num_threads()
 
@@ -312,23 +261,19 @@ def torch_settings(
     *,
     step_operations: float | None = None,
 ) -> Iterator[None]:
-    """Sets torch's threads and matmul settings within the block; restores them afterwards.
-
-    On a CPU, float32 matmuls use oneDNN if it keeps float32 precision. `num_threads` applies to
-    small steps too; evaluations during training use the threads of a step of `step_operations`.
-    """
-    threads = torch.get_num_threads()
+    """Sets torch's threads and matmul settings in the block. `num_threads` applies to small steps
+    too; evaluations during training use the threads of a step of `step_operations`."""
     if num_threads is not None:
         check_threads(num_threads)
     elif step_operations is not None and threads_for(step_operations) == 1:
         num_threads = 1
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     is_chosen = num_threads is not None or step_operations is not None
     chosen = _threads_are_chosen.set(is_chosen or _threads_are_chosen.get())
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = products.fp32_precision
+    threads, before = torch.get_num_threads(), products.fp32_precision
     try:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         if device.type == "cpu" and precision == "float32":
             _prefer_onednn(products)
         with exact_matmuls(device):
@@ -341,31 +286,24 @@ def torch_settings(
 
 @contextlib.contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """On a GPU float32 is float32, sums are not rounded to bfloat16, and runs repeat, in the block.
-
-    torch's defaults are TF32, with 10 bits, in convolutions, and the fastest algorithms.
-    """
+    """On a GPU, in the block, float32 is float32 (not TF32, torch's default in convolutions), sums
+    are not rounded to bfloat16, and runs repeat."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    settings = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-    settings += [(matmul, "allow_bf16_reduced_precision_reduction", False)]
-    settings += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
-    settings = settings if device.type == "cuda" else []
-    before = [getattr(place, name) for place, name, _ in settings]
-    try:
-        for place, name, value in settings:
+    settings: list[tuple[Any, str, bool]] = [
+        *((cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)),
+        *((cudnn, "deterministic", True), (cudnn, "benchmark", False)),
+        (matmul, "allow_bf16_reduced_precision_reduction", False),
+    ]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in settings if device.type == "cuda" else ():
+            stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
         yield
-    finally:
-        for (place, name, _), value in zip(settings, before, strict=True):
-            setattr(place, name, value)
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Uses oneDNN for float32 matmuls if it keeps float32 precision.
-
-    MKL, torch's default, is about half as fast on non-Intel CPUs. The setting nominally permits
-    bfloat16, so the actual precision on this CPU is measured.
-    """
+    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision: the
+    setting permits bfloat16."""
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(256, 256, generator=random) for _ in range(2))
@@ -376,14 +314,10 @@ def _prefer_onednn(products: Any) -> None:
 
 
 def check_threads(num_threads: int) -> None:
-    """Raises UserError for more threads than the system can safely start."""
     most = max(256, 8 * (os.cpu_count() or 1))
     if not 1 <= num_threads <= most:
         what = f"threads must be from 1 to {most} on this machine, got {num_threads}"
         raise UserError(what, where="num_threads", fix="Leave it out to use all cores")
-
-
-# --- memory ---------------------------------------------------------------------------------------
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -437,7 +371,6 @@ def _memory(*names: str) -> int | None:
 
 
 def check_fits_memory(num_values: int, what: str, device: str | torch.device = "cpu") -> None:
-    """Raises UserError if this many float32 values exceed the device's total memory."""
     available, needed = total_memory(torch.device(device)) or 2**40, 4 * num_values
     if needed > available:
         gibibytes = f"{needed / 2**30:,.0f} GiB, the machine has {available / 2**30:,.0f}"

@@ -19,10 +19,8 @@ _NEVER = -1
 
 
 def sleep_soon() -> None:
-    """Makes waiting OpenMP threads sleep soon, unless the user has set this.
-
-    Must run before torch is imported, when OpenMP reads it. Child processes inherit the setting.
-    """
+    """Makes waiting OpenMP threads sleep soon, unless the user has set this; must run before torch
+    is imported."""
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ:
         return
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
@@ -30,16 +28,9 @@ def sleep_soon() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the allocator reuse freed memory instead of returning it to the system.
-
-    glibc returns large blocks as soon as they are freed, so the next layer's activations must be
-    paged in again: 8% of a training step of Mixer-S/16 (benchmarks/training.md). Called when a
-    model is created; the memory is not available to other processes until this one ends.
-
-    Returns:
-        Whether it was done: not if the user has set MALLOC_... or GLIBC_TUNABLES, nor with another
-        C library.
-    """
+    """Makes glibc keep freed memory, unless the user has set this; returns whether it does. Paging
+    the next layer's activations in again takes 8% of a training step of Mixer-S/16
+    (benchmarks/training.md)."""
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     try:
@@ -52,10 +43,8 @@ def keep_freed_memory() -> bool:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for closed standard streams, as in `mixer ... <&-`.
-
-    Otherwise the next opened file would get the descriptor, and what is written to the stream.
-    """
+    """Opens /dev/null for closed standard streams, whose descriptors the next opened files would
+    get."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -71,7 +60,6 @@ def is_main_process() -> bool:
 
 
 def num_processes() -> int:
-    """Returns how many processes torchrun has started for this command."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 

@@ -1,16 +1,11 @@
-"""Distributed processes; the only module with collectives.
-
-torchrun starts the processes and sets their ranks in environment variables; without them there is a
-single process and everything here is a no-op. Every process reads its part of every batch, together
-the same images as a single process.
-"""
+"""Distributed processes, as torchrun starts them; the only module with collectives. A single
+process does nothing here."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import datetime
-import json
 import mmap
 import os
 import pickle
@@ -82,54 +77,39 @@ class World:
         """Calls the function on rank 0 and returns its result, or raises its UserError, on all."""
         if self.size == 1:
             return function()
-        values: list[Any] = [None]
-        if self.is_main:
-            try:
-                values = [function()]
-            except UserError as error:
-                values = [error]
+        values = [_tried(function) if self.is_main else None]
         dist.broadcast_object_list(values, src=0)
-        if isinstance(values[0], UserError):
-            raise values[0]
-        return values[0]
+        return self._checked(values)[0]
 
     def once_per_machine(self, function: Callable[[], Any]) -> Any:
-        """Calls the function on one process of every machine and returns its result, or raises the
-        first UserError, on all.
-
-        Processes of a machine share the memory of the result's arrays. Where they cannot, each
-        calls the function.
-        """
+        """Calls the function on one process of every machine and returns its result, whose arrays
+        share memory if they can, or raises the first UserError, on all."""
         if self.size == 1:
             return function()
         hosts = [host for host, _ in self.peers]
-        first = hosts.index(hosts[self.rank])
-        value: Any = None
-        own: _Shared | UserError | None = None
+        first, value = hosts.index(hosts[self.rank]), None
         if self.rank == first:
-            try:
-                value = function()
-                own = _share(value)
-            except UserError as error:
-                own = error
-        found = self.gather(own)
-        for error in found:
-            if isinstance(error, UserError):
-                raise error
-        if found[first] is not None:
-            try:
-                value = _mapped(found[first])
-            except (OSError, ValueError):  # another container under the same name, for example
-                value = function()
-        elif self.rank != first:
+            value = _tried(function)
+        own = value if isinstance(value, UserError) else None if value is None else _share(value)
+        shared = self._checked(self.gather(own))[first]
+        with contextlib.suppress(OSError):  # not allowed in this container
+            value = value if shared is None else _mapped(shared)  # on the first, too: one copy
+        if value is None:
             value = function()
         self.barrier()  # until all have mapped it
         if isinstance(own, _Shared):
             os.close(own.descriptor)
         return value
 
+    def _checked(self, values: list[Any]) -> list[Any]:
+        """Raises the first UserError of these, which its own process prints."""
+        for rank, value in enumerate(values):
+            if isinstance(value, UserError):
+                value.is_printed = rank != self.rank
+                raise value
+        return values
+
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites the tensors on every process with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -139,9 +119,15 @@ class World:
             dist.barrier()
 
     def dead_ranks(self) -> list[int]:
-        """Returns the ranks on this machine whose process has exited."""
         here, peers = machine(), enumerate(self.peers)
         return [n for n, (host, pid) in peers if host == here and not process_lives(pid)]
+
+
+def _tried(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except UserError as error:
+        return error
 
 
 class _Shared(NamedTuple):
@@ -149,7 +135,6 @@ class _Shared(NamedTuple):
 
     process: int
     descriptor: int
-    token: bytes  # what it begins with
     places: list[tuple[int, int]]  # first byte and size of the pickle and of every array in it
 
 
@@ -157,30 +142,21 @@ def _share(value: Any) -> _Shared | None:
     """Writes a value to memory for other processes; None if the system cannot."""
     arrays: list[pickle.PickleBuffer] = []
     parts = [pickle.dumps(value, protocol=5, buffer_callback=arrays.append)]
-    token, places = os.urandom(16), list[tuple[int, int]]()
     try:
-        descriptor = os.memfd_create(NAME)
+        shared = _Shared(os.getpid(), os.memfd_create(NAME), [])
     except (AttributeError, OSError):  # not Linux, or not allowed
         return None
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(token)
-            for part in (*parts, *(array.raw() for array in arrays)):
-                file.write(bytes(-file.tell() % 64))
-                places.append((file.tell(), len(part)))
-                file.write(part)
-    except OSError:  # too little memory
-        os.close(descriptor)
-        return None
-    return _Shared(os.getpid(), descriptor, token, places)
+    with open(shared.descriptor, "wb", closefd=False) as file:
+        for part in (*parts, *(array.raw() for array in arrays)):
+            file.write(bytes(-file.tell() % 64))
+            shared.places.append((file.tell(), len(part)))
+            file.write(part)
+    return shared
 
 
 def _mapped(shared: _Shared) -> Any:
     """Returns a shared value, whose arrays stay where they are until they are written to."""
-    path = f"/proc/{shared.process}/fd/{shared.descriptor}"
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if file.read(len(shared.token)) != shared.token:
-            raise ValueError("another file")
+    with open(f"/proc/{shared.process}/fd/{shared.descriptor}", "rb") as file:
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     data, *arrays = (memory[start : start + size] for start, size in shared.places)
     return pickle.loads(data, buffers=arrays)
@@ -196,11 +172,9 @@ atexit.register(_groups.clear)
 
 @contextlib.contextmanager
 def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[World, torch.device]]:
-    """Joins the process group within the block; yields the world and this process's device.
-
-    With several processes and "cuda", each uses the GPU of its local rank. If one is killed the
-    others end, unless they are `independent`.
-    """
+    """Joins the process group in the block; yields the world and this process's device, with CUDA
+    that of its local rank. If one fails the others end, and if one is killed, unless they are
+    `independent`."""
     if num_processes() == 1:
         yield World(), choose_device(device)
         return
@@ -248,29 +222,23 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
 
 
 def _own_device(chosen: torch.device, name: str) -> torch.device:
-    """Returns the device of this process, one of several."""
-    if chosen.type == "mps":
-        what = f"an Apple GPU takes one process, not {os.environ['WORLD_SIZE']}"
-        raise UserError(what, where="device", fix="Start one process, or take cpu")
-    if chosen.type == "cuda":
-        if chosen.index is not None:
-            what = f"device {name!r} names one GPU for {os.environ['WORLD_SIZE']} processes"
-            raise UserError(what, where="device", fix="Take cuda: each process gets its own GPU")
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-        if local_rank is None:
-            what = "several processes, and nothing says which GPU is whose"
-            raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
-        # Slurm may have given every process one GPU to see.
-        is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-        chosen = choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
-    return chosen
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type == "mps" or chosen.index is not None:
+        what = f"device {name!r} is one GPU, for {os.environ['WORLD_SIZE']} processes"
+        raise UserError(what, where="device", fix="Take cuda, of which each gets its own, or cpu")
+    if local_rank is None:
+        what = "several processes, and nothing says which GPU is whose"
+        raise UserError(what, where="LOCAL_RANK", fix="Start them with torchrun or srun")
+    # Slurm may have given every process one GPU to see.
+    is_bound = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    return choose_device("cuda:0" if is_bound else f"cuda:{local_rank}")
 
 
 def _exit_after(failed: list[tuple[World, Store]]) -> None:
-    """Ends a process that has failed without NCCL's own end, which may wait for the others.
-
-    Without torchrun the notes are in rank 0, which therefore ends last.
-    """
+    """Ends a process that has failed without NCCL's own end, which may wait for the others; rank 0,
+    which has the notes without torchrun, ends last."""
     for world, notes in failed:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -290,10 +258,8 @@ def _leave(world: World, notes: Store) -> None:
 
 
 def _end_with_the_others(notes: Store, left: threading.Event, independent: bool) -> None:
-    """Ends this process soon after another has failed, or was killed on this machine.
-
-    It may wait in C code for a GPU that waits for the other's, where no exception reaches it.
-    """
+    """Ends this process soon after another has failed or was killed: it may wait in C code for a
+    GPU that waits for the other."""
     while not left.wait(1.0):
         world = _joined[0][0] if _joined and not independent else World()
         killed = world.dead_ranks()
@@ -306,22 +272,17 @@ def _end_with_the_others(notes: Store, left: threading.Event, independent: bool)
             with saving:
                 if left.wait(1.0):
                     return
-                if not has_failed:
-                    error = _said_once(world, world.rank, notes, _ended(killed))
-                    if not error.is_printed:
-                        print(f"error: {error}", file=sys.stderr, flush=True)
-                    with contextlib.suppress(RuntimeError):
-                        notes.set("failed", "")  # for those on other machines
+                own = str(world.rank)
+                with contextlib.suppress(RuntimeError):
+                    if not has_failed and notes.compare_set("failed", "", own).decode() == own:
+                        print(f"error: {_ended(killed)}", file=sys.stderr, flush=True)
                 os._exit(2)
 
 
 def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
-    """Returns a store used by this (re)start only, the rank and the world size.
-
-    torchrun shares one store across restarts, with stale addresses of dead processes in it
-    (pytorch/pytorch#135712). So rank 0 draws a random prefix for the store. The other ranks send a
-    random name with their request, so that an answer cannot be one to their predecessor.
-    """
+    """Returns a store of this (re)start, the rank and the world size. torchrun's store has stale
+    addresses after a restart (pytorch/pytorch#135712), so rank 0 draws a prefix, and answers the
+    others' random names, which their predecessors did not have."""
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     name = uuid.uuid4().hex
@@ -345,71 +306,42 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Store, int, int]:
     return PrefixStore(name, store), rank, size
 
 
-def _told(world: World, notes: Store, error: BaseException) -> BaseException:
-    """Leaves the reason for the others; returns the error that one process only is to print."""
+def _told(world: World, notes: Store, error: Any) -> Any:
+    """Lets the others end; returns the error, or what ended the process to which the connection is
+    lost. Of the UserErrors of all processes one is printed, that of rank 0 if it comes soon."""
+    if isinstance(error, UserError) and error.is_printed:
+        return error
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     is_lost = isinstance(error, dist.DistBackendError) or any(word in str(error) for word in words)
-    if isinstance(error, RuntimeError) and is_lost:
-        return _lost(world, notes, error)
-    shown = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
-    with contextlib.suppress(RuntimeError):  # the store's process has exited
-        notes.set(str(world.rank), json.dumps((shown.what, shown.where, shown.fix, shown.code)))
-        notes.set("failed", "")
-    return _said_once(world, world.rank, notes, shown) if shown is error else error
-
-
-def _said_once(world: World, rank: int, notes: Store, error: UserError) -> UserError:
-    """Returns the error of a rank for this process, which prints it if it is the first to do so;
-    rank 0 comes first where it has the same."""
-    key, end = f"said {error.what}", time.monotonic() + _PATIENCE * (not world.is_main)
-    is_first = False
-    with contextlib.suppress(RuntimeError):
-        while time.monotonic() < end and not notes.check([key]):
+    is_lost &= isinstance(error, RuntimeError)
+    end = time.monotonic() + _PATIENCE * (is_lost or not world.is_main)
+    own = first = str(world.rank)
+    with contextlib.suppress(RuntimeError):  # the process with the store has exited
+        while time.monotonic() < end and not notes.check(["failed"]):
+            if is_lost and world.dead_ranks():
+                break
             time.sleep(0.05)
-        mine = str(world.rank)
-        is_first = notes.compare_set(key, "", mine).decode() == mine
-    if rank > 0:
-        error.what = f"rank {rank}: {error.what}"
+        first = notes.compare_set("failed", "", own).decode()
+    if is_lost:
+        error = _ended(world.dead_ranks(), f": {str(error).splitlines()[0][:200]}")
+    if isinstance(error, UserError):
+        error.is_printed = first != own
+        error.what = f"rank {own}: {error.what}" if world.rank else error.what
         error.args = (error.text(),)
-    error.is_printed = not is_first
     return error
 
 
-def _lost(world: World, notes: Store, error: RuntimeError) -> UserError:
-    """Explains a broken connection: which process has exited, and why."""
-    others = [rank for rank in range(world.size) if rank != world.rank]
-    end = time.monotonic() + _PATIENCE
-    while time.monotonic() < end:
-        gone = set(others) & set(world.dead_ranks())
-        with contextlib.suppress(RuntimeError):  # the store's process has exited
-            for rank in others:
-                if notes.check([str(rank)]):
-                    what, where, fix, code = json.loads(notes.get(str(rank)))
-                    told = UserError(what, where=where, fix=fix, code=code)
-                    return _said_once(world, rank, notes, told)
-        if gone:
-            break
-        time.sleep(0.05)
-    told_by, reason = f"rank {world.rank}: ", f": {str(error).splitlines()[0][:200]}"
-    return _ended(world.dead_ranks(), told_by, reason)
-
-
-def _ended(ranks: list[int], told_by: str = "", reason: str = "") -> UserError:
+def _ended(ranks: list[int], reason: str = "") -> UserError:
     who = f"rank {', '.join(map(str, ranks))}" if ranks else "another process"
     fix = "Run the same command again to resume; torchrun --max-restarts N does so by itself"
-    return UserError(f"{told_by}{who} exited, so training cannot continue{reason}", fix=fix)
+    return UserError(f"{who} exited, so training cannot continue{reason}", fix=fix)
 
 
 def parallelize(
     model: nn.Module, sharding: str, world: World, precision: str = "float32"
 ) -> nn.Module:
-    """Wraps the model for distributed training; the parameters stay those of `model`.
-
-    Sharding "none": every process holds the full state (DDP); "full": parameters, gradients and
-    optimizer state are sharded (FSDP2), and `model` itself becomes sharded. With "bfloat16" dense
-    weights are rounded, as autocast would do, before they are gathered; their gradients are summed
-    in float32, and all else stays float32.
-    """
+    """Wraps the model: "none" for DDP, "full" shards it, its gradients and their state (FSDP2).
+    With "bfloat16" dense weights are rounded, as autocast would do, before they are gathered."""
     if world.size == 1:
         return model
     if sharding == "none":
@@ -424,7 +356,6 @@ def parallelize(
 
 
 def shard(model: nn.Module, size: int, precision: str) -> None:
-    """Shards the model over so many processes, see `parallelize`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
@@ -496,11 +427,3 @@ def full_tensor(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def copy_full_parameters(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies named parameters, full or sharded, into an unsharded model with the same names."""
-    targets = dict(model.named_parameters())
-    for name, tensor in tensors:
-        targets[name].copy_(full_tensor(tensor))

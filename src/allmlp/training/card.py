@@ -22,6 +22,7 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
 from allmlp.weights.checkpoints import find_checkpoint
 
+_TASK = "image-classification"
 _HUB_METRICS = {
     "mean_average_precision": "mean_average_precision",
     "top1": "accuracy",
@@ -100,7 +101,6 @@ class Outcome:
 
     @property
     def shown(self) -> Evaluation | None:
-        """The result that counts."""
         return self.validation if self.test is None else self.test
 
     @property
@@ -109,7 +109,6 @@ class Outcome:
 
     @property
     def caveat(self) -> str:
-        """What the accuracy is worth."""
         if self.splits.test is not None:
             return "The test images are measured once, at the end."
         if self.splits.validation is None:
@@ -120,12 +119,6 @@ class Outcome:
             "There are no test images: the weights were chosen by these validation images, so "
             "expect somewhat less on new ones."
         )
-
-    @property
-    def length(self) -> str:
-        if self.config.model.train_only == "probe":
-            return "linear probe, the head alone on frozen features of images without augmentation"
-        return f"{self.config.length}, batch {self.config.batch_size}"
 
 
 def described(model: Classifier) -> str:
@@ -151,28 +144,23 @@ def public_name(data: str, name: str) -> str:
 
 def model_card(outcome: Outcome) -> str:
     """Returns the model card, with the header that hubs read and without local paths."""
-    config, splits, model = outcome.config, outcome.splits, outcome.model
-    data, weights, optimizer = config.data.source, config.model.weights, config.optimizer
-    base, num_images = parse_name(data).base, len(splits.train)
-    header: dict[str, Any] = {"license": None, "datasets": None, "base_model": None}
-    if base.startswith(PREFIX):
-        header["datasets"] = [_on_hub(base)]
-    begun = start = name = ""
-    if weights is not None:
-        # Only the last part of a path.
+    config, model, num_images = outcome.config, outcome.model, len(outcome.splits.train)
+    data, weights, optimizer = config.data.source, config.model.weights or "", config.optimizer
+    base, known = parse_name(data).base, find_checkpoint(weights) if weights else None
+    name, start, begun = weights, "", ""
+    if not weights.startswith((PREFIX, "timm:")):  # only the last part of a path
         name = os.path.basename(os.path.normpath(weights).removesuffix(f"{os.sep}best"))
-        name = weights if weights.startswith((PREFIX, "timm:")) else name
-        known = find_checkpoint(weights)
+    if weights:
         licence = "" if known is None else f" ({known.licence})"
-        start, begun = f"from the weights {name}; ", " and on the weights that it began with, "
-        begun += f"{name}{licence}"
-        header["base_model"] = known and known.hub
-        if weights.startswith("timm:"):
-            header["base_model"] = f"timm/{weights.removeprefix('timm:')}"
-        elif weights.startswith(PREFIX):
-            header["base_model"] = _on_hub(weights)
-        if known is not None:
-            header["license"] = _LICENCES.get(known.licence, "other")
+        start = f"from the weights {name}; "
+        begun = f" and on the weights that it began with, {name}{licence}"
+    header: dict[str, Any] = {
+        "license": known and _LICENCES.get(known.licence, "other"),
+        "datasets": [_on_hub(base)] if base.startswith(PREFIX) else None,
+        "base_model": known and known.hub,
+    }
+    if weights.startswith((PREFIX, "timm:")):
+        header["base_model"] = _on_hub(weights).replace("timm:", "timm/")
     rows, results = [], []
     measured = [found for found in (outcome.validation, outcome.test) if found is not None]
     figures = [dict(found.figures()) for found in measured]
@@ -187,15 +175,13 @@ def model_card(outcome: Outcome) -> str:
             if m.name in _HUB_METRICS
         ]
         dataset = {"name": split, "type": public_name(data, base)}
-        task = {"type": "image-classification"}
-        results.append({"task": task, "dataset": dataset, "metrics": metrics})
-    _, architecture, _ = _architecture(model)
-    title = f"{architecture} on {public_name(data, data)}"
+        results.append({"task": {"type": _TASK}, "dataset": dataset, "metrics": metrics})
+    title = f"{_architecture(model)[1]} on {public_name(data, data)}"
     if results:
         header["metrics"] = [results[0]["metrics"][0]["type"]]
         header["model-index"] = [{"name": title, "results": results}]
+    keeps_last = outcome.splits.validation is None or config.data.fold is not None
     by = "accuracy" if config.best_by == "top1" else config.best_by.replace("_", " ")
-    keeps_last = splits.validation is None or config.data.fold is not None
     trained = (
         f"Recipe `{config.recipe}`, seed {config.seed}: {config.length} of {num_images:,} images "
         f"in batches of {config.batch_size}; {start}{optimizer.name}, learning rate "
@@ -204,7 +190,7 @@ def model_card(outcome: Outcome) -> str:
     if config.model.train_only == "probe":
         trained = f"A linear probe: the head alone was fitted to the features that {name} "
         trained += f"gives of {num_images:,} images, without augmentation."
-    measured_text = _MEASURED.format(
+    accuracy = _MEASURED.format(
         titles="".join(f" {metric.title} |" for metric in shown),
         lines=" ---: |" * len(shown),
         rows="\n".join(rows),
@@ -213,7 +199,7 @@ def model_card(outcome: Outcome) -> str:
         probabilities=probabilities_section(model.decision),
     )
     place = 'In this folder ("."; elsewhere give its path)'
-    texts = measured_text, _HISTORY.format(trained=trained), _LICENCE.format(begun=begun)
+    texts = accuracy, _HISTORY.format(trained=trained), _LICENCE.format(begun=begun)
     return _card(model, title, header, place, texts)
 
 
@@ -227,8 +213,8 @@ def _card(
     model: Classifier, title: str, header: dict[str, Any], place: str, texts: tuple[str, str, str]
 ) -> str:
     tag, architecture, paper = _architecture(model)
-    task, names = "image-classification", model.class_names or []
-    kind = {"library_name": "allmlp", "pipeline_tag": task, "tags": [task, tag]}
+    names = model.class_names or []
+    kind = {"library_name": "allmlp", "pipeline_tag": _TASK, "tags": [_TASK, tag]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in (kind | header).items() if value]
     if not header.get("license"):
         lines.append("# license: not stated; see the end of this page")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import re
@@ -39,9 +38,6 @@ from allmlp.runtime.world import World, fill_from_rank0, full_tensor, saving
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 FORMAT = 2
-_COMPLETE = re.compile(r"step-\d{8,}")
-_LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -57,14 +53,8 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run; all processes must call `save`, `newest` and `load` together.
-
-    Args:
-        folder: created by the first save.
-        keep: number of newest checkpoints to keep, in addition to the newest best one; at least 1.
-        world: the processes of the run, which must share the folder.
-        say: called on the main process with a line about skipped or removed checkpoints.
-    """
+    """The checkpoints of a run; all processes, which share the folder, call `save`, `newest`,
+    `peek` and `load` together. Kept are the `keep` newest and the newest best one."""
 
     def __init__(
         self,
@@ -83,36 +73,30 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Tensor] | None,
         values: dict[str, Any],
         *,
         is_best: bool = False,
         first: Callable[[], object] | None = None,
     ) -> None:
-        """Copies the state to CPU memory and returns; the copy is written in the background.
-
-        Waits for the previous save and raises its error, if any. An existing complete checkpoint of
-        the same step is not rewritten. `first` is called before it is written, as by `start`.
-        """
+        """Copies the state to CPU memory; `first` and writing the copy, unless its step is there
+        already, go on in the background. Raises the error of the save before."""
         self.wait_on_all()
-        values = json.loads(json.dumps(values))
-        is_main = self._world.is_main
-        copies = {}
-        for name, tensor in tensors.items():
+        values, copies = json.loads(json.dumps(values)), {}
+        for name, tensor in (tensors or {}).items():
             gathered = full_tensor(tensor.detach())  # on every process, one tensor at a time
-            if is_main:
+            if self._world.is_main:
                 copies[name] = gathered.to("cpu", copy=True)
-        self._begin(first, functools.partial(self._write, step, copies, values, is_best))
 
-    def start(self, work: Callable[[], object] | None) -> None:
-        """Lets the main process do this in the background, after the previous save."""
-        self.wait_on_all()
-        self._begin(work)
+        def write() -> None:
+            with saving:
+                if first is not None:
+                    first()
+                if tensors is not None:
+                    self._write(step, copies, values, is_best)
 
-    def _begin(self, *work: Callable[[], object] | None) -> None:
-        """Begins to do this in order, up to the first error."""
         if self._world.is_main:
-            self._pending = self._thread.submit(_do, work)
+            self._pending = self._thread.submit(write)
 
     def wait_on_all(self) -> None:
         """Waits on all processes until the main one has nothing left to write; raises its error."""
@@ -128,17 +112,14 @@ class Checkpoints:
                     self._pending = None
 
     def close(self) -> None:
-        """Waits for the save in progress and ends the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that matches all its checksums, or None.
-
-        Reports damaged checkpoints and removes the leftovers of killed saves.
-        """
+        """Returns the newest checkpoint that matches all its checksums; says which do not, and
+        removes what killed saves left."""
         return self._world.broadcast_from_rank0(self._newest)
 
     def peek(self) -> Checkpoint | None:
@@ -185,7 +166,7 @@ class Checkpoints:
             free = shutil.disk_usage(place).free  # before leftovers of the write are removed
             shutil.rmtree(partial, ignore_errors=True)
             what = f"the checkpoint cannot be written: {error.strerror or error}"
-            if error.errno in _FULL:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 needed = sum(tensor.nbytes for tensor in tensors.values())
                 what = f"the disk is full: the checkpoint needs {needed:,} bytes, {free:,} are free"
             fix = "Fix that and resume the run; the previous checkpoint is complete"
@@ -196,19 +177,17 @@ class Checkpoints:
             self._say(f"An old checkpoint could not be removed: {error}")
 
     def _retain(self, newest: Path) -> None:
-        """Removes complete checkpoints that are neither among the newest nor the newest best."""
-        known, best = [], None
-        for found in self._readable():  # the checksum was verified when written or found
-            if found.path.name not in self._damaged:
-                known.append(found.path)
-                best = best or (found.path if found.is_best else None)
-        for path in known:
-            if path not in (newest, best, *known[: self._keep]):
-                _remove(path)
+        # The checksum was verified when written or found.
+        known = [found for found in self._readable() if found.path.name not in self._damaged]
+        kept = {newest, *(found.path for found in known[: self._keep])}
+        kept |= {found.path for found in [found for found in known if found.is_best][:1]}
+        for found in known:
+            if found.path not in kept:
+                _remove(found.path)
 
     def _newest(self) -> Checkpoint | None:
         self.wait()
-        leftovers = sorted(name for name in self._names() if _LEFTOVER.fullmatch(name))
+        leftovers = sorted(self._names(r"\.step-\d{8,}\.(partial|removed)"))
         for name in leftovers:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         if leftovers:
@@ -217,8 +196,6 @@ class Checkpoints:
             try:
                 return verify(path)
             except UserError as error:
-                if error.code == "old-format":
-                    raise
                 self._damaged.add(path.name)
                 self._say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
         return None
@@ -231,31 +208,23 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         """Returns the folders under final names, newest first."""
-        names = filter(_COMPLETE.fullmatch, self._names())
-        return [self.folder / name for name in sorted(names, key=lambda name: -int(name[5:]))]
+        names = sorted(self._names(r"step-\d{8,}"), key=lambda name: -int(name[5:]))
+        return [self.folder / name for name in names]
 
-    def _names(self) -> list[str]:
+    def _names(self, pattern: str) -> list[str]:
         try:
-            return [path.name for path in self.folder.iterdir()]
+            names = [path.name for path in self.folder.iterdir()]
         except FileNotFoundError:
             return []
         except OSError as error:
             what = f"the checkpoints cannot be read: {error.strerror}"
             raise UserError(what, where=self.folder) from error
-
-
-def _do(work: tuple[Callable[[], object] | None, ...]) -> None:
-    with saving:
-        for act in filter(None, work):
-            act()
+        return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Writes a .safetensors file to disk; returns its size and sha256.
-
-    The format is simple enough to write here, which avoids reading the file again for the checksum
-    and makes a full disk an ordinary OSError.
-    """
+    """Writes a .safetensors file; returns its size and sha256. The library would have to read it
+    again for these, and a full disk would be no OSError."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -297,36 +266,23 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
     try:
         raw = path.read_bytes()
         if raw.startswith(b'{\n "format": 1,'):
-            what = "version 0.1 wrote this checkpoint, and only that version can resume it"
-            fix = (
-                f"Train on from its best weights: mixer finetune {folder.parents[1]} --data SOURCE"
-            )
-            raise UserError(what, where=path, fix=fix, code="old-format")
+            raise UserError("only version 0.1, which wrote it, can read it", where=path)
         if raw != _with_checksum(raw.partition(b"\n")[2].removesuffix(b"}\n")):
             raise UserError("it is damaged: its checksum does not match", where=path)
         content = parse_json(raw)["content"]
         if content["format"] != FORMAT:
             what = f"its format is {content['format']!r}, this version reads {FORMAT}"
             raise UserError(what, where=path, fix="Update allmlp")
-        step = content["step"]
-        if folder.name != f"step-{step:08d}":
-            raise UserError(f"the folder was renamed: it holds step {step}", where=path)
-        found = state.lstat()
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
-            raise UserError("it is not a regular file", where=state)
-        if found.st_size != content["size"]:
-            what = f"it is damaged: {found.st_size:,} bytes instead of {content['size']:,}"
-            raise UserError(what, where=state)
-        if deep and sha256_of(state) != content["sha256"]:
-            raise UserError("it is damaged: its sha256 does not match", where=state)
-        return Checkpoint(folder, step, dict(content["values"]), bool(content["is_best"]))
+        if folder.name != f"step-{content['step']:08d}":
+            raise UserError(f"the folder was renamed: it holds step {content['step']}", where=path)
+        # Not a pipe, say, which to read would block.
+        whole = stat.S_ISREG(state.lstat().st_mode) and state.stat().st_size == content["size"]
+        if not whole or (deep and sha256_of(state) != content["sha256"]):
+            raise UserError("it is damaged: its size or sha256 does not match", where=state)
     except OSError as error:
         what = f"it cannot be read: {error.strerror}"
         raise UserError(what, where=error.filename or folder) from error
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("it is damaged: not a complete manifest", where=path) from error
+    return Checkpoint(folder, content["step"], content["values"], content["is_best"])
 
 
 @contextlib.contextmanager
@@ -341,23 +297,16 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _check_same_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with _opened(path) as file:
-        there = file.keys()
-        lines = [_difference(file, name, tensor) for name, tensor in tensors.items()]
-        found = [*filter(None, lines), *(f"{n} is only in it" for n in there if n not in tensors)]
-    if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        there = {name: f"{s.get_dtype()} {s.get_shape()}" for name, s in slices.items()}
+    here = {name: f"{_DTYPES[t.dtype]} {[*t.shape]}" for name, t in tensors.items()}
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if names:
+        lines = [f"{n} is {there.get(n, 'not')} in it, {here.get(n, 'not')} here" for n in names]
         what = "the checkpoint is of another model or optimizer: "
-        what += "; ".join(found[:4]) + more
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        what += "; ".join(lines[:4]) + more
         raise UserError(what, where=path.parent, fix="Resume with its own config")
-
-
-def _difference(file: Any, name: str, tensor: Tensor) -> str | None:
-    if name not in file.keys():  # noqa: SIM118
-        return f"{name} is not in it"
-    there = file.get_slice(name)
-    saved = f"{there.get_dtype()} {tuple(there.get_shape())}"
-    here = f"{_DTYPES[tensor.dtype]} {tuple(tensor.shape)}"
-    return None if saved == here else f"{name} is {saved} in it and {here} here"
 
 
 def _remove(path: Path) -> None:

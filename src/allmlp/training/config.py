@@ -338,6 +338,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer.schedule": (Cosine, Linear, Steps),
     "loss": (Softmax, Sigmoid),
 }
+_OF_ONE = ("weight_decay", "beta1", "beta2", "momentum")  # optimizer
 # Aliases of settings, either shorter or from version 1.
 _RENAMED = {
     **{f"{key}.name": key for key in _CHOICES},
@@ -413,14 +414,14 @@ class TrainConfig(Options):
         if (self.epochs is None) == (self.steps is None):
             what = f"epochs={self.epochs} and steps={self.steps}: exactly one sets the run's length"
             raise UserError(what, fix="epochs=N or steps=N")
+        why = "needs validation images; data.holdout=0 keeps none"
+        if self.data.fold is not None:
+            why = "would choose weights by the fold that measures them"
         for name, usual in (("patience", None), ("best_by", "top1")):
-            value = getattr(self, name)
-            if value != usual and self.data.holdout == 0.0:
-                what = f"{name}={value} needs validation images; data.holdout=0 keeps none"
-                raise UserError(what, fix=f"{name}={usual or 'null'}, or a holdout of 0.1")
-            if value != usual and self.data.fold is not None:
-                what = f"{name}={value} would choose weights by the fold that measures them"
-                raise UserError(what, fix=f"{name}={usual or 'null'} with data.fold")
+            value, measures = getattr(self, name), self.data.holdout == 0.0 or self.data.fold
+            if value != usual and measures:
+                fix = f"{name}={usual or 'null'}, or other images to choose by"
+                raise UserError(f"{name}={value} {why}", fix=fix)
         for name in self.trackers:
             one_of("log", name, TRACKERS)
         if isinstance(self.optimizer, Muon):
@@ -463,16 +464,26 @@ class TrainConfig(Options):
         Raises:
             UserError: an unknown setting, an invalid value, or a newer version.
         """
-        values = dict(values)
-        version = values.pop("version", 1)
-        if values.pop("tensorboard", None) is True:  # the setting before `log`
-            values["log"] = "tensorboard"
-        if version == 1:
-            values = _upgraded(values)
-        elif version != VERSION:
+        settings = flat(values)
+        version = settings.pop("version", 1)
+        if settings.pop("tensorboard", None) is True:  # the setting before `log`
+            settings["log"] = "tensorboard"
+        if version not in (1, VERSION):
             what = f"the settings have version {version!r}, this program reads up to {VERSION}"
             raise UserError(what, fix="Install the allmlp that wrote them, or a newer one")
-        return _checked(values)
+        settings = {_RENAMED.get(key, key): value for key, value in settings.items()}
+        # Of version 1, where all choices shared one flat list of settings.
+        flat_ones = {*_RENAMED.values(), *(f"optimizer.{name}" for name in _OF_ONE)}
+        if version == 1 and settings.get("optimizer") == "sgd":
+            settings["optimizer.momentum"] = settings.get("optimizer.beta1", 0.9)
+        nested = dataclasses.asdict(TrainConfig())
+        for key in sorted(settings, key=lambda key: key.count(".")):
+            try:
+                _put(nested, key, settings[key])
+            except OptionError:
+                if version != 1 or key not in flat_ones:
+                    raise
+        return validated(TrainConfig, nested)
 
     def with_value(self, key: str, value: Any) -> TrainConfig:
         """Returns a copy with the setting "section.name" changed."""
@@ -527,7 +538,7 @@ class TrainConfig(Options):
                 is_other = getattr(self, key) is None and isinstance(changes[key], int)
                 if is_other and "evaluate_every" not in changes:  # it has the same unit
                     values["evaluate_every"] = max(1, changes[key] // 20)
-        return _checked(values)
+        return validated(TrainConfig, values)
 
 
 def setting_names(changes: Iterable[str], assignments: Iterable[str]) -> set[str]:
@@ -535,17 +546,7 @@ def setting_names(changes: Iterable[str], assignments: Iterable[str]) -> set[str
     return {_RENAMED.get(key, key) for key in (*changes, *assigned(assignments))}
 
 
-def _checked(values: dict[str, Any]) -> TrainConfig:
-    try:
-        return validated(TrainConfig, values)
-    except OptionError as error:
-        if error.code == "unknown-name" and error.fix is not None:  # a setting, not a choice
-            raise _unknown(error.name) from None
-        raise
-
-
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Changes one setting in nested JSON values."""
     target, (*parents, name) = values, key.split(".")
     for parent in parents:
         if not isinstance(target.get(parent), dict):
@@ -563,28 +564,6 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     target[name] = dataclasses.asdict(value) if isinstance(value, Options) else value
 
 
-def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """Converts a version 1 config.json, where all choices shared one flat list of settings."""
-    settings: dict[str, Any] = {}
-    for key, value in old.items():
-        inside = {key: value}
-        if key in ("model", "data", "augment", "optimizer") and isinstance(value, dict):
-            inside = {f"{key}.{name}": inner for name, inner in value.items()}
-        settings |= {_RENAMED.get(name, name): inner for name, inner in inside.items()}
-    if settings.get("optimizer") == "sgd":
-        settings["optimizer.momentum"] = settings.get("optimizer.beta1", 0.9)
-    values = dataclasses.asdict(TrainConfig())
-    of_one_choice = {"optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2"}
-    of_one_choice |= {"optimizer.momentum", *_RENAMED.values()}
-    for key in sorted(settings, key=lambda key: key.count(".")):
-        try:
-            _put(values, key, settings[key])
-        except OptionError:
-            if key not in of_one_choice:
-                raise
-    return values
-
-
 def _unknown(key: str) -> OptionError:
     section, _, name = key.rpartition(".")
     owners = [choice.name for choice in _CHOICES.get(section, ()) if hasattr(choice, name)]
@@ -598,7 +577,6 @@ def _unknown(key: str) -> OptionError:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested JSON values to paths."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -17,7 +17,7 @@ from allmlp.data.randaugment import randaugment
 from allmlp.data.source import BadImage, Source, join, random_subset, subset, unreadable
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
-from allmlp.errors import UserError, plural
+from allmlp.errors import UserError, plural, some_of
 from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.world import World
 from allmlp.training.config import (
@@ -73,15 +73,14 @@ class Splits:
         ]
         if self.train.is_multi_label:
             sums = self.train.labels.sum(axis=1)
-            none = int((sums == 0).sum())
-            without = f"; {plural(none, 'image')} without a label" if none else ""
-            mean = f"mean {sums.mean():.2f}{without}"
+            none = f"{(sums == 0).sum():,} images have none"
+            mean = f"mean {sums.mean():.2f}; {none}"
             lines.append(f"labels per image: {sums.min()} to {sums.max()}, {mean}")
         lines += self.notes
         for split in filter(None, (self.validation, self.test)):
             absent = [names[at] for at in np.flatnonzero(split.class_counts() == 0)]
             if absent:
-                lines.append(f"{split.name} has no image of {', '.join(absent[:8])}")
+                lines.append(f"{split.name} has no image of {some_of(absent)}")
         if self.bad:
             some = f"{len(self.bad):,} of {plural(len(self.train), 'training image')}"
             lines.append(f"warning: {some} cannot be read and are skipped: {self.bad[0].name} ...")
@@ -91,10 +90,8 @@ class Splits:
 def open_training_data(
     settings: DataSettings, splits: Splits | None = None, world: World | None = None
 ) -> Splits:
-    """Returns the splits of a run, which may be listed already, after checking the headers.
-
-    Of the processes of a machine one does it, and the others share its memory.
-    """
+    """Returns the splits of a run, listed or not, with checked headers; one process of a machine
+    does it for all."""
     world = World() if world is None else world
     found = world.once_per_machine(lambda: _checked(settings, splits))
     counts = world.gather(found.train.class_counts().tolist())
@@ -116,7 +113,6 @@ def _checked(settings: DataSettings, splits: Splits | None) -> Splits:
 
 
 def splits_with_train(source: str) -> dict[str, Source]:
-    """Returns the splits of data, which must include train."""
     splits = open_splits(source)
     if "train" not in splits:
         fix = f"Known there: {', '.join(splits)}. Give a source that has both"
@@ -228,20 +224,18 @@ def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
     emptied = np.flatnonzero((lost.class_counts() == counts) & (counts > 0))
     if len(bad) <= free and not len(emptied):
         return
-    named = "\n  ".join(f"{image.name}: {image.what}" for image in bad[:5])
-    named += f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-    fraction, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
     limit = f"the limit is {most:.1%}" + (f" or {free} images" if free > most * of else "")
     if len(bad) <= free:
         limit = f"they are all images of the class {source.class_names[emptied[0]]!r}"
-    what = f"{len(bad)} of {of:,} images cannot be decoded ({fraction:.1%}, {limit}):\n  {named}"
+    named = "".join(f"\n  {image.name}: {image.what}" for image in bad[:5])
+    more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+    fraction, enough = len(bad) / of, max(0.1, math.ceil(10 * len(bad) / of) / 10)
+    what = f"{len(bad)} of {of:,} images cannot be decoded ({fraction:.1%}, {limit}):{named}{more}"
     raise UserError(what, fix=f"Fix or remove them, or allow more: max_bad {enough:g}")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of a training image, with its own random numbers."""
-
     settings: AugmentSettings
     preprocessing: Preprocessing
 

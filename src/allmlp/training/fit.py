@@ -15,7 +15,6 @@ from allmlp.training.dataset import Splits, split_data
 from allmlp.training.recipes import FINETUNING, LARGE, finetune_for, recipe
 
 LEAST_EPOCHS, MOST_EPOCHS = 30, 100
-_LENGTH = {"epochs", "steps"}
 # Random weights per training image above which a run is warned about. The recipes that work have
 # 55 (digits: 98.4 %) and 25 (CIFAR-10: 69 % after 12 epochs, still rising); S/16 on 340 flowers had
 # 51,000 (37.5 %). Counting weights holds for every image size: small images have small models.
@@ -59,15 +58,17 @@ def fitted_config(
     base = recipe(one_of("recipe", recipe_name or "finetune", FINETUNING))
     config = base.with_values(settings, assignments)
     changes: dict[str, Any] = {}
-    splits = None
+    splits, has_length = None, bool(own & {"epochs", "steps"})
     if recipe_name is None:
         splits = split_data(replace(config.data, holdout=None) if in_grid else config.data)
         num_images, device = len(splits.train), choose_device(config.device).type
-        base, given_batch = finetune_for(num_images), config.batch_size
-        batch, epochs = fitting(num_images, device, given_batch if "batch_size" in own else None)
-        changes |= {} if "batch_size" in own else {"batch_size": batch}
-        changes |= {} if epochs is None or own & _LENGTH else {"epochs": epochs}
-    if own & _LENGTH or "epochs" in changes:  # a fraction fits into every length
+        batch, epochs = fitting(
+            num_images, device, config.batch_size if "batch_size" in own else None
+        )
+        base, changes = finetune_for(num_images), {"batch_size": batch}
+        if epochs is not None and not has_length:
+            changes["epochs"] = epochs
+    if has_length or "epochs" in changes:  # a fraction fits into every length
         changes["optimizer.warmup"] = base.optimizer.warmup / (base.steps or 1)
     return base.with_values(changes).with_values(settings, assignments), splits
 
@@ -75,12 +76,8 @@ def fitted_config(
 def fitting(
     num_images: int, device: str = "cpu", batch_size: int | None = None
 ) -> tuple[int, int | None]:
-    """Returns the batch size and the epochs that fit; no epochs if the recipe's steps do.
-
-    The batch is the recipe's, or the largest power of two that is at most a quarter of the images,
-    on a GPU half of them. The epochs are those of the recipe's steps at this batch size, from 30 to
-    100, if the recipe would make more passes over the images.
-    """
+    """Returns the batch size and the epochs that fit, see docs/training.md; no epochs if the
+    recipe's steps do."""
     base = finetune_for(num_images)
     steps, most, processes = base.steps or 0, base.batch_size, num_processes()
     if batch_size is None:
@@ -106,5 +103,4 @@ def describe_fit(config: TrainConfig, num_images: int, device: str = "cpu") -> s
 
 
 def are_too_few(config: TrainConfig, num_parameters: int, num_images: int) -> bool:
-    """Whether the training images are too few for random weights."""
     return config.model.weights is None and num_parameters > MOST_WEIGHTS * num_images

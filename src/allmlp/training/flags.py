@@ -15,7 +15,6 @@ _DOCS = {section: documentation(kind) for section, kind in _SECTIONS.items()}
 
 
 def flag(name: str, hint: Any, default: Any, doc: str, **metadata: str) -> tuple[str, Any, Any]:
-    """Returns a field of `make_dataclass` with its help."""
     return name, hint, dataclasses.field(default=default, metadata={"doc": doc, **metadata})
 
 

@@ -1,8 +1,5 @@
-"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own callbacks.
-
-Loggers are told in the main process only. One that fails is left out from then on, with a warning:
-it never stops or changes the run.
-"""
+"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own
+callbacks."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ class Logger:
 
 
 class Loggers:
-    """Tells several loggers the same."""
+    """Tells several loggers the same, in the main process; one that fails is left out."""
 
     def __init__(
         self, loggers: Iterable[Logger] = (), say: Callable[..., None] = lambda *_, **__: None
@@ -57,7 +54,6 @@ class Loggers:
         self.stop_asked = False  # by a callback
 
     def tell(self, what: str, *given: Any) -> None:
-        """Calls the method of this name of every logger."""
         for logger in list(self.active):
             try:
                 getattr(logger, what)(*given)
@@ -67,8 +63,8 @@ class Loggers:
                 self.active.remove(logger)
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 name = getattr(logger, "name", type(logger).__name__)
-                text = f"{name} failed in {what} and is left out: {reason}"
-                self.say(f"warning  {text}", style="yellow")
+                text = f"warning  {name} failed in {what} and is left out: {reason}"
+                self.say(text, style="yellow")
 
     def finish(self, summary: dict[str, float] | None) -> None:
         self.tell("finish", summary)
@@ -116,17 +112,16 @@ class Wandb(_Tracker):
     """wandb, and trackio, which has its interface but knows a run by its name."""
 
     def start(self, config: dict[str, Any], folder: Path, step: int) -> None:
-        old = self.known(folder)
-        place: dict[str, Any] = {"name": folder.name, "dir": str(folder), "resume": "allow"}
-        if self.name == "wandb":
-            place |= {"id": old} if old else {}
+        old, is_wandb = self.known(folder), self.name == "wandb"
+        if is_wandb:
+            place = {"name": folder.name, "dir": str(folder), "resume": "allow", "id": old}
         elif old:
             place = {"name": old, "resume": "must"}
         else:  # two run folders may have the same name
             place = {"name": f"{folder.name}-{secrets.token_hex(3)}"}
         project = os.environ.get(f"{self.name.upper()}_PROJECT", NAME)
         self.run = self.module.init(project=project, config=config, **place)
-        self.known(folder, self.run.id if self.name == "wandb" else self.run.name)
+        self.known(folder, self.run.id if is_wandb else self.run.name)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log(values, step=step)

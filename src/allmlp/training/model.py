@@ -31,11 +31,9 @@ def build_model(
     rows: Source | None = None,
     quiet: bool = False,
 ) -> ImageClassifier:
-    """Returns the model of a run, with its class names and preprocessing.
-
-    Training `rows` of arrays are normalised by their statistics, unless the weights were trained on
-    arrays. best/ of a resumed run replaces the initial weights, which may no longer exist.
-    """
+    """Returns the model of a run. Training `rows` of arrays are normalised by their statistics,
+    unless the weights were trained on arrays. best/ of a resumed run replaces weights that may be
+    gone."""
     settings, data = config.model, config.data
     rows = rows if rows is not None and array_shape(rows) else None
     if settings.weights is not None:
@@ -78,7 +76,6 @@ def build_model(
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freezes everything except `model.head`, for a linear probe."""
     head = head_of(model)
     model.requires_grad_(False)
     head.requires_grad_(True)
@@ -150,14 +147,10 @@ def _with_head_for(
             with torch.no_grad():
                 head_of(model).weight[kept] = head_of(trained).weight[rows]
                 head_of(model).bias[kept] = head_of(trained).bias[rows]
-    if not kept:
-        which = "other classes" if known else "classes without names"
-        was = f"the weights had {had:,} {which}" if had else "the weights had none"
-        report.say(f"head     new, all zeros, for {plural(len(names), 'class')}; {was}")
-    elif len(kept) == len(names) == had:
-        report.say(f"head     kept: the weights know these {plural(len(names), 'class')}")
-    else:
-        some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
-        added = f"{len(new):,} new, zeros: {some}" if new else "none new"
-        report.say(f"head     kept {len(kept):,} of {plural(had, 'class')}, {added}")
+    some = ", ".join(names[row] for row in new[:8]) + ", ..." * (len(new) > 8)
+    of = f"{had:,}" if known or not had else f"{had:,} without names"
+    added = f", {len(new):,} new, zeros: {some}" if new else ""
+    report.say(
+        f"head     kept {len(kept):,} of {of} rows, for {plural(len(names), 'class')}{added}"
+    )
     return model, names, new

@@ -1,7 +1,4 @@
-"""Loss, learning rate, optimizers and their state, SAM, exponential moving average.
-
-Everything works on plain and on FSDP2-sharded parameters.
-"""
+"""Loss, learning rate, optimizers, SAM and EMA, for plain and FSDP2-sharded parameters."""
 
 from __future__ import annotations
 
@@ -28,18 +25,15 @@ def loss_function(
     logits: Tensor,
     targets: Tensor,
     loss: Softmax | Sigmoid,
-    *,
-    weighted: bool = False,
+    class_weights: Tensor | None = None,
     positive_weights: Tensor | None = None,
 ) -> Tensor:
-    """Returns the mean loss over images; logits and targets are (N, classes).
-
-    Target rows sum to 1; sigmoid cross-entropy is summed over the classes. If `weighted`, targets
-    have been multiplied by `class_weights`: the loss of an image that is `t` of class `c` is then
-    the sum over c of t * weight * (the loss if it were c). `positive_weights`, (classes,),
-    multiply the sigmoid losses where a label is present.
-    """
-    if weighted:
+    """Returns the mean loss over images; logits and targets, whose rows sum to 1, are (N, classes).
+    With `class_weights`, (classes,), that of an image is the sum over the classes c of target *
+    weight * (the loss if it were c); `positive_weights` multiply the sigmoid losses where a label
+    is present."""
+    if class_weights is not None:
+        targets = targets * class_weights
         total = targets.sum(dim=1, keepdim=True)
         if isinstance(loss, Sigmoid):
             return (total * F.softplus(logits) - targets * logits).sum(dim=1).mean()
@@ -54,11 +48,8 @@ def loss_function(
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
-    """Returns weights inverse to the classes' numbers of training images, float64 (classes,).
-
-    images / (classes with images * images of the class), as scikit-learn's "balanced": the mean
-    over the images is 1, and every class has the same sum. 0 for a class without images.
-    """
+    """Returns images / (classes with images * images of the class), scikit-learn's "balanced", as
+    float64 (classes,); 0 for a class without images."""
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0)
 
@@ -75,7 +66,6 @@ def positive_weights(counts: np.ndarray, num_images: int) -> np.ndarray:
 
 
 def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the learning rate at a step (from 0) of a run of `num_steps`."""
     warmup, schedule = warmup_steps(optimizer, num_steps), optimizer.schedule
     progress = (step - warmup) / max(num_steps - warmup, 1)
     progress = min(max(progress, 0.0), 1.0)
@@ -84,10 +74,8 @@ def learning_rate(optimizer: Optimizer, step: int, num_steps: int) -> float:
         ends = (round(at * num_steps) if at < 1 else at for at in schedule.decay_at)
         scale = schedule.decay_factor ** sum(step > end for end in ends)
         return optimizer.learning_rate * scale * rise
-    if schedule.name == "cosine":
-        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
-    else:
-        decay = 1.0 - progress
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    decay = cosine if schedule.name == "cosine" else 1.0 - progress
     scale = schedule.final_lr_fraction + (1.0 - schedule.final_lr_fraction) * decay
     return optimizer.learning_rate * scale * rise
 
@@ -98,7 +86,6 @@ def warmup_steps(optimizer: Optimizer, num_steps: int) -> int:
 
 
 def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
-    """Raises UserError if the run ends before it reaches the full learning rate."""
     warmup = warmup_steps(optimizer, num_steps)
     if warmup >= num_steps:
         what = f"optimizer.warmup={optimizer.warmup:g} is {warmup:,} steps of warm-up, and the "
@@ -107,41 +94,27 @@ def check_warmup(optimizer: Optimizer, num_steps: int) -> None:
 
 
 def operations(flops_per_image: int, images: int, settings: Optimizer) -> int:
-    """Returns the floating-point operations of a run.
-
-    A step costs three forward passes: the forward pass, and the gradients with respect to the
-    inputs and the weights. Sharpness-aware minimisation computes the gradient twice.
-    """
+    """Returns the FLOPs of a run: a step costs three forward passes, one with SAM six."""
     twice = 1.0 - settings.sam_start if settings.sam_rho else 0.0
     return round(3 * flops_per_image * images * (1.0 + twice))
 
 
 def power(number: int) -> str:
-    """Formats a large number as "1.1e16"."""
     digits, _, exponent = f"{number:.1e}".partition("e")
     return f"{digits}e{int(exponent)}"
 
 
 def state_copies(settings: Optimizer) -> int:
-    """Returns how many float32 copies of the weights a run holds: gradient, moments and so on."""
     moments = bool(settings.momentum) if isinstance(settings, settings_of.SGD) else 2
     return 2 + moments + bool(settings.ema_decay) + bool(settings.sam_rho)
 
 
 def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Returns the optimizers of the parameters that require a gradient; `update` steps them.
-
-    One for AdamW and SGD, two for Muon: Muon (Jordan et al. 2024) for the 2-D kernels in the
-    blocks, i.e. the dense weights of token and channel mixing, and AdamW for the rest: stem, head,
-    norms, biases and kernels with a third axis (untied token mixing, CycleFC). Muon's updates are
-    scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both use
-    the same learning rate and decay.
-
-    Weight decay is decoupled and applied to kernels only (big_vision's `.*/kernel$`).
-
-    The optimizer state is created here, all zeros, not in the first step, so that a run always has
-    the same tensors and can be saved before it starts.
-    """
+    """Returns the optimizers of the parameters that require a gradient, with their state, all
+    zeros. Weight decay is decoupled and for kernels only (big_vision's `.*/kernel$`). With Muon
+    (Jordan et al. 2024) there are two: Muon for the dense weights of token and channel mixing, at
+    AdamW's learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2), and AdamW for the
+    rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, optimizers = settings.learning_rate, []
     if isinstance(settings, settings_of.SGD):
@@ -160,12 +133,11 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             kind = torch.optim.Muon if hidden[0].is_cuda else Float32Muon
             optimizers.append(kind(hidden, **options))
+        kernels = [p for name, p in trained.items() if is_kernel(name, p)]
+        others = [p for name, p in trained.items() if not is_kernel(name, p)]
         groups: list[dict[str, Any]] = [
-            {
-                "params": [p for name, p in trained.items() if is_kernel(name, p) == decays],
-                "weight_decay": settings.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
+            {"params": kernels, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=True))
@@ -175,11 +147,8 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
 
 
 class Float32Muon(torch.optim.Muon):
-    """PyTorch's Muon with the Newton-Schulz iterations in float32 instead of bfloat16, and always
-    with the scale "match_rms_adamw".
-
-    Without bfloat16 instructions PyTorch's takes longer than the rest of a step of a small model.
-    """
+    """PyTorch's Muon, scaled by "match_rms_adamw", with Newton-Schulz in float32: without bfloat16
+    instructions PyTorch's takes longer than the rest of a step of a small model."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -224,10 +193,8 @@ def _begin_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Clips the gradients in place to a global norm; returns the prior norm, over all shards.
-
-    A non-finite norm turns the gradients into NaN: check it before `update`.
-    """
+    """Clips the gradients in place to a global norm; returns the norm before. If it is non-finite,
+    they become NaN: check it before `update`."""
     return full_tensor(clip_grad_norm_(parameters, most))
 
 
@@ -241,11 +208,8 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Returns the whole optimizer state, as "<parameter>.<key>" -> tensor.
-
-    These are the tensors that the next step reads and writes: after filling them in place from
-    another run, training continues that run bit for bit.
-    """
+    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor; filling these in place
+    continues another run bit for bit."""
     named = dict(model.named_parameters())
     return {
         f"{name}.{key}": tensor
@@ -257,10 +221,8 @@ def optimizer_tensors(
 
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """Updates the exponential moving average of the weights (Polyak and Juditsky 1992) in place.
-
-    The decay ramps up to `decay` over the first steps, so that the random start is soon forgotten.
-    """
+    """Updates the EMA of the weights (Polyak and Juditsky 1992) in place; the decay rises to
+    `decay`, so that the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     weights = dict(model.named_parameters())
     means: list[Tensor] = list(average.values())
@@ -269,20 +231,14 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, s
 
 
 def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    """Returns the SAM rho at a step; 0 for an ordinary gradient."""
     return optimizer.sam_rho if step >= round(optimizer.sam_start * num_steps) else 0.0
 
 
 @contextlib.contextmanager
 def sam_ascent(parameters: Iterable[Tensor], rho: float) -> Iterator[None]:
-    """Moves the weights to the worst-case loss nearby while the block runs.
-
-    Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412), used for Google's `sam`
-    checkpoints. To first order that is w + rho * g / ||g||, with the norm over all gradients
-    (equation 2 with p = 2). In distributed training g is that of the whole batch (the paper's m is
-    the batch). The block computes new gradients; afterwards, even after an exception, the weights
-    are restored exactly. A non-finite gradient makes weights NaN, which the second gradient shows.
-    """
+    """Moves the weights to w + rho * g / ||g||, about the worst loss nearby, in the block (SAM:
+    Foret et al. 2021, arXiv 2010.01412, equation 2, with the whole batch as m), and restores them
+    exactly. A non-finite gradient makes them NaN, which the second gradient shows."""
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     former = [parameter.detach().clone() for parameter in moved]
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from allmlp.data.fingerprint import image_key
 from allmlp.data.source import Source
@@ -15,7 +14,7 @@ from allmlp.errors import UserError
 from allmlp.io import parse_json
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import MOST_CHECKED, split_data
-from allmlp.training.run_folder import TRAINING_IMAGES, config_of
+from allmlp.training.run_folder import TRAINING_IMAGES, config_of, environment_of
 
 # A file or values that are not there, or not as they should be.
 _UNKNOWN = (OSError, ValueError, LookupError, TypeError)
@@ -23,8 +22,6 @@ _UNKNOWN = (OSError, ValueError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class Measured:
-    """Images to measure a model on."""
-
     source: Source
     are_held_out: bool = False  # whether these are the images that the model's run held out
     trained_on: int | None = None  # number of them in the training set; None: unknown
@@ -32,12 +29,9 @@ class Measured:
 
 
 def open_measured(model: str | None, name: str, *, count: bool = True) -> Measured:
-    """Returns the images that a data name refers to, for the model at a path.
-
-    If the run held out images of data without a validation split, these are returned for that
-    data's validation split, and for its bare name if there is no test split. Otherwise (with
-    `count`) up to 5,000 images are checked for whether the run was trained on them.
-    """
+    """Returns the images that a data name refers to: those that the run of the model at a path held
+    out, for that data's validation split, or its bare name without a test split. Of others (with
+    `count`) up to 5,000 are compared with the run's training images."""
     run = _run_of(model)
     own = None if run is None else _held_out(*run, name)
     if own is not None:
@@ -53,7 +47,7 @@ def counted(model: str | None, source: Source) -> Measured:
         return Measured(source)
     try:
         own = (run[0] / TRAINING_IMAGES).read_text("ascii").split()
-        total = int(_environment(run[0])["training_images"])
+        total = int(environment_of(run[0])["data"]["training_images"])
     except _UNKNOWN:
         note = "which of these images the run was trained on is not known: an older version made it"
         return Measured(source, notes=(note,))
@@ -68,10 +62,6 @@ def counted(model: str | None, source: Source) -> Measured:
         found = min(len(source), round(found * scale))
     note = f"{about}{found:,} of {len(source):,} images were trained on"
     return Measured(source, trained_on=found, notes=(note,) if found else ())
-
-
-def _environment(run: Path) -> dict[str, Any]:
-    return parse_json((run / "environment.json").read_bytes())["data"]
 
 
 def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
@@ -95,7 +85,6 @@ def _run_of(model: str | None) -> tuple[Path, TrainConfig] | None:
 
 
 def _held_out(path: Path, config: TrainConfig, name: str) -> Source | None:
-    """The images that the run held out, if the name refers to them."""
     asked, own = parse_name(name), parse_name(config.data.source)
     if asked.part is not None or asked.split not in (None, "validation"):
         return None
@@ -106,7 +95,7 @@ def _held_out(path: Path, config: TrainConfig, name: str) -> Source | None:
     part = f":{moved.split}{moved.part or ''}" if moved.split else ""
     try:
         splits = split_data(replace(config.data, source=f"{moved.source}{part}"))
-        known = _environment(path)["fingerprint"]
+        known = environment_of(path)["data"]["fingerprint"]
     except _UNKNOWN:  # different data, or nothing is known
         return None
     is_own = splits.held_out and splits.has_fingerprint(known, "train")

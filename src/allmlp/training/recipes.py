@@ -273,11 +273,7 @@ def recipe(name: str) -> TrainConfig:
 
 def for_multi_label(config: TrainConfig) -> TrainConfig:
     """Returns the settings for several labels per image: a sigmoid for the recipe's softmax, and
-    mean average precision to choose the best weights.
-
-    Raises:
-        UserError: a softmax, or label smoothing, that is not the recipe's was chosen.
-    """
+    mean average precision to choose the best weights."""
     chooses = config.data.holdout != 0.0 and config.data.fold is None
     if config.best_by == "top1" and chooses:
         config = config.with_value("best_by", "mean_average_precision")
@@ -301,14 +297,8 @@ def for_data(config: TrainConfig, images: Source) -> TrainConfig:
 
 
 def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
-    """Returns the settings for rows of arrays, (C, H, W): the size and number of channels are those
-    of the rows, and of augmentation only mixup remains.
-
-    A patch size that was not chosen is the one that makes about `TOKENS` tokens.
-
-    Raises:
-        UserError: augmentation, or an image size, that is not the recipe's was chosen.
-    """
+    """Returns the settings for rows of arrays, (C, H, W), which have no augmentation but mixup; a
+    patch size that was not chosen makes about `TOKENS` tokens."""
     from allmlp.models.catalog import architectures  # torch, which --help does not need
     from allmlp.models.family import PatchConfig
 
@@ -352,11 +342,8 @@ LARGE = 20_000  # images, from which the hyper-rule takes more steps and mixup
 
 
 def finetune_for(num_images: int) -> TrainConfig:
-    """Returns the BiT-HyperRule's settings for this number of training images.
-
-    The rule's stepwise decay from 0.003 is replaced by the paper's cosine from 0.01, big_vision's
-    default. (The paper dropped the rule's mixup for Mixers: no consistent gain.)
-    """
+    """Returns the BiT-HyperRule's settings for so many training images, with the paper's cosine
+    from 0.01, big_vision's default, for the rule's steps from 0.003."""
     if num_images < LARGE:
         return recipe("finetune")
     steps = 10_000 if num_images < 500_000 else 20_000

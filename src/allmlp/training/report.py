@@ -1,39 +1,48 @@
-"""Console output before a run, and final measurements, plots, files and output after it."""
+"""What a run says: before it on the console, after it also in files and on a page, report.html."""
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from allmlp import plots
 from allmlp.data.source import Source, array_shape
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import names_source
-from allmlp.errors import plural
+from allmlp.errors import plural, some_of
 from allmlp.evaluation.calibration import fitted, summary
 from allmlp.evaluation.metrics import Evaluation, evaluate_source
 from allmlp.evaluation.predictor import Predictor
-from allmlp.models.layers import ImageClassifier
+from allmlp.io import atomic_write
+from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
+from allmlp.page import details, image, items, page, table, tag
 from allmlp.training.card import Outcome, described, model_card, public_name
+from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
 from allmlp.training.optim import class_weights, positive_weights
+from allmlp.training.recipes import RECIPES, recipe
+from allmlp.training.run_folder import identity, read_results
 from allmlp.training.state import Run
-from allmlp.training.web_report import REPORT, run_report
 from allmlp.weights.checkpoints import recommended
 from allmlp.weights.load import load_model
 from allmlp.weights.save import save_model
 
+REPORT = "report.html"
+_MAX_MISTAKES, _MAX_CLASSES = 24, 30
+_ENOUGH = 20  # training images of a class
 _UNEVEN = 10  # times as many images in one class as in another
-_LONG = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,59 +63,47 @@ class TrainResult:
     expected_seconds: float | None = None
 
 
-def announce(run: Run, model: ImageClassifier, *, in_study: bool = False) -> None:
-    """Prints the settings and the data before training starts."""
-    config, world, say = run.config, run.world, run.report.say
-    num_images, is_probe = len(run.splits.train), config.model.train_only == "probe"
-    found = run.splits.describe()
-    say(f"data     {config.data.source}: {found[0]}")
-    for line in found[1:]:
-        say(f"         {line}")
+def announce(run: Run, *, in_study: bool = False) -> None:
+    config, model, images = run.config, run.model, run.splits.train
+    for name, text in _facts(run):
+        run.report.say(f"{name:<9}{text}")
+    are_images = array_shape(images) is None  # which published weights know
+    if are_images and not in_study and are_too_few(config, model.num_parameters, len(images)):
+        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
+        run.report.say(
+            f"few      {plural(len(images), 'image')} for {model.num_parameters:,} random weights: "
+            f"the accuracy will be low.\n         Up to {MOST_WEIGHTS:,} weights per image are "
+            "reasonable; trained weights need far fewer images:\n"
+            f"         {_command('finetune', name, '--data', config.data.source)}",
+            style="yellow",
+        )
+    run.report.say(f"results  {run.folder.path}")
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Returns what a run begins with, for console and page."""
+    config, model, world, device = run.config, run.model, run.world, run.compute.device
+    first, *more = run.splits.describe()
+    lines = [("data", f"{config.data.source}: {first}"), *(("", line) for line in more)]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_all = trained == model.num_parameters
     head = "" if is_all else f"; only the {trained:,} of the head are trained"
-    say(f"model    {type(model).__name__}, {described(model)}{head}")
+    lines.append(("model", f"{type(model).__name__}, {described(model)}{head}"))
     if config.model.weights is not None:
-        say(f"         starts from the weights {config.model.weights}")
-    where = f"{run.compute.device}"
-    if run.compute.device.type == "cpu":
-        where += f" ({plural(torch.get_num_threads(), 'thread')})"
+        lines.append(("", f"starts from the weights {config.model.weights}"))
+    threads = f" ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else ""
+    where = f"{device}{threads}"
     if world.size > 1:
         where = f"{world.size} processes on {where}, sharding {config.sharding}"
-    elif config.sharding != "none":
-        where += f" (one process: sharding {config.sharding} does nothing)"
-    length = Outcome(config, run.splits, model).length
-    say(
-        f"run      recipe {config.recipe}, seed {config.seed}: {length}, {where}, {run.compute.why}"
-    )
-    _say_balance(run)
-    fit = describe_fit(config, num_images, run.compute.device.type)
-    if fit is not None and not is_probe:
-        say(f"fit      {fit}")
-    are_images = array_shape(run.splits.train) is None  # which published weights know
-    if are_images and not in_study and are_too_few(config, model.num_parameters, num_images):
-        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
-        for line in (
-            f"few      {plural(num_images, 'image')} for {model.num_parameters:,} random weights, "
-            f"{model.num_parameters / num_images:,.0f} per image: the accuracy will be low.",
-            f"         Up to {MOST_WEIGHTS:,} per image are reasonable; trained weights need far "
-            "fewer images:",
-            f"         {_command('finetune', name, '--data', config.data.source)}",
-        ):
-            say(line, style="yellow")
-    say(f"results  {run.folder.path}")
-
-
-def announce_time(run: Run, seconds: float, steps: int, probe: float | None) -> None:
-    """Prints how long the rest of a run takes, and the probe if that is far shorter."""
-    config, say = run.config, run.report.say
-    each = f"{plural(steps, 'step')} of {seconds / steps:.2g} s, including evaluations"
+    length, fit = f"{config.length}, batch {config.batch_size}", None
     if config.model.train_only == "probe":
-        each = f"{plural(len(run.splits.train), 'image')} to compute features of"
-    say(f"time     about {duration(seconds)} ({each}), measured on this machine")
-    if probe is not None and seconds > _LONG > 10 * probe:
-        words = ("finetune", config.model.weights or "", "--data", config.data.source, "--probe")
-        say(f"         a linear probe takes about {duration(probe)}: {_command(*words)}")
+        length = "linear probe, the head alone on frozen features of images without augmentation"
+    else:
+        fit = describe_fit(config, len(run.splits.train), device.type)
+    how = f"{length}, {where}, {run.compute.why}"
+    lines.append(("run", f"recipe {config.recipe}, seed {config.seed}: {how}"))
+    lines += _balance(run)
+    return lines if fit is None else [*lines, ("fit", fit)]
 
 
 def balance_weights(train: Source) -> np.ndarray:
@@ -115,34 +112,20 @@ def balance_weights(train: Source) -> np.ndarray:
     return positive_weights(counts, len(train)) if train.is_multi_label else class_weights(counts)
 
 
-def _say_balance(run: Run) -> None:
-    """Prints what `balance` does to the rarest and the most frequent class, or that it may help."""
-    source, balance, say = run.splits.train, run.config.data.balance, run.report.say
+def _balance(run: Run) -> Iterable[tuple[str, str]]:
+    """Says what `balance` does to the rarest and the most frequent class, or that it may help."""
+    source, balance = run.splits.train, run.config.data.balance
     counts = source.class_counts()
     present = np.flatnonzero(counts)
     few, many = (present[at] for at in (counts[present].argmin(), counts[present].argmax()))
-    if balance == "none":
-        is_fixed = run.config.model.train_only == "probe"
+    names, weights = source.class_names, balance_weights(source)
+    if balance != "none":
+        text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
+        parts = [f"{names[at]} {text.format(weights[at])}" for at in (few, many)]
+        yield "balance", f"{balance}: {', '.join(parts)}"
+    elif counts[many] >= _UNEVEN * counts[few] and run.config.model.train_only != "probe":
         ways = "weights" if source.is_multi_label else "weights or sampler"
-        if counts[many] >= _UNEVEN * counts[few] and not is_fixed:
-            name = source.class_names[few]
-            say(f"note     {name!r} is rare: balance ({ways}) would give it equal weight")
-        return
-    weights = balance_weights(source)
-    text = "images drawn {:.3g} times an epoch" if balance == "sampler" else "weight {:.3g}"
-    parts = [f"{source.class_names[at]} {text.format(weights[at])}" for at in (few, many)]
-    say(f"balance  {balance}: {', '.join(parts)}")
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration in its two largest units: "12 min 5 s", "4 days 11 h"."""
-    units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    for (name, size), (small_name, small) in itertools.pairwise(units):
-        whole, rest = divmod(round(seconds / small), size // small)
-        if whole:
-            name += "s" * (name == "day" and whole > 1)
-            return f"{whole:,} {name}" + (f" {rest} {small_name}" if rest and whole < 100 else "")
-    return f"{round(seconds)} s"
+        yield "note", f"{names[few]!r} is rare: balance ({ways}) would give it equal weight"
 
 
 def resume_command(run: Run) -> str:
@@ -159,7 +142,6 @@ def _command(*words: str) -> str:
 
 
 def predictor_of(run: Run, model: ImageClassifier, batch_size: int, precision: str) -> Predictor:
-    """Returns the predictor that computes as the run does."""
     return Predictor(
         model,
         device=str(run.compute.device),
@@ -173,7 +155,6 @@ def predictor_of(run: Run, model: ImageClassifier, batch_size: int, precision: s
 def measure(
     model: ImageClassifier, source: Source, run: Run, precision: str | None = None
 ) -> Evaluation:
-    """Evaluates a model, identical on all processes, on all images."""
     images_each = math.ceil(len(source) / run.world.size)  # so that no process idles
     batch_size = max(1, min(256, run.config.batch_size // run.world.size, images_each))
     predictor = predictor_of(run, model, batch_size, precision or run.compute.precision)
@@ -196,18 +177,13 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
                 save_model(model, folder.best, overwrite=True)
     if splits.test is not None:
         test = measure(model, splits.test, run, "float32")
+        run.name_bad(test.bad)
+    reached = TrainResult(folder.path, validation, test)
     if not run.world.is_main:
-        return TrainResult(folder.path, validation, test)
+        return reached
     outcome = Outcome(config, splits, model, validation, test)
-    shown, source = outcome.shown, outcome.source
+    shown, source, drawn = outcome.shown, outcome.source, list[str]()
     kind = "validation" if test is None else "test"
-    bad = folder.bad_files()
-    for image in test.bad if test is not None else []:  # bad validation images were listed before
-        if image.name not in bad:
-            folder.log_bad_file(image)
-        bad.add(image.name)
-        say(f"left out of the accuracy: {image.name}: {image.what}", style="yellow")
-    drawn = []
     if config.model.train_only != "probe":  # which has neither batches nor a curve
         folder.draw_curves()
         drawn += ["train_batch", "curves"]
@@ -226,8 +202,8 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         say(f"{line}({right} {correct}{shown.chance})", style="bold green")
         for line in shown.warnings():
             say(f"warning  {line}", style="yellow")
-    if bad:
-        what = f"warning  {plural(len(bad), 'bad image')} left out, named in "
+    if run.named_bad:
+        what = f"warning  {plural(len(run.named_bad), 'bad image')} left out, named in "
         say(f"{what}{folder.path / 'bad_files.txt'}", style="yellow")
     say(f"model    {folder.best}")
     for line in summary(model.decision):
@@ -237,13 +213,14 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         check_number_bad(test.bad, splits.test, config.data.max_bad)
     for name in drawn:
         folder.loggers.tell("image", run.num_steps, name, folder.plots / f"{name}.png")
-    measured = {"validation": validation, "test": test}
-    figures = {kind: dict(found.figures()) for kind, found in measured.items() if found}
+    measured = [
+        (part, found) for part, found in (("validation", validation), ("test", test)) if found
+    ]
     folder.loggers.finish(
-        {f"{kind}_{name}": value for kind in figures for name, value in figures[kind].items()}
+        {f"{part}_{name}": value for part, found in measured for name, value in found.figures()}
     )
     commands = _next_commands(run)
-    run_report(outcome, folder, commands)
+    _write_page(run, outcome, commands)
     if not in_study:
         say("next")
         for _, command in commands[: 2 if shown is not None else 1]:
@@ -252,11 +229,10 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
             own = _command("train", "--data", "FOLDER", "--image-size", "64")
             say(f"         {own}     (your own images)")
     say(f"report   {folder.path / REPORT}")
-    return TrainResult(folder.path, validation, test)
+    return reached
 
 
 def _next_commands(run: Run) -> list[tuple[str, str]]:
-    """Returns what to do next, ready to copy: purpose, command."""
     splits, data, folder = run.splits, run.config.data.source, str(run.folder.path)
     example = splits.test or splits.validation or splits.train
     held_out = example is splits.validation and splits.held_out  # they have no data name
@@ -282,3 +258,128 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
         ("Share it on the Hugging Face hub", ["push", folder, "OWNER/NAME"]),
     ]
     return [(purpose, _command(*words)) for purpose, words in commands]
+
+
+def _write_page(run: Run, outcome: Outcome, commands: Sequence[tuple[str, str]]) -> None:
+    config, folder, shown, source = run.config, run.folder, outcome.shown, outcome.source
+    parts = [tag("h1", f"{folder.path.absolute().name}: {config.recipe} on {config.data.source}")]
+    if shown is not None:
+        parts += _accuracy(shown, "validation images" if outcome.test is None else "test images")
+    parts.append(tag("p", outcome.caveat))
+    if outcome.test is not None and outcome.validation is not None:
+        parts.append(tag("p", f"On the validation images: {outcome.validation.summary()}."))
+    warnings = shown.warnings() if shown is not None else []
+    parts.append(items([*_concerns(outcome, folder.path), *warnings], "warning"))
+    parts.append(_figure(folder.plots, "curves", "Loss, accuracy and learning rate"))
+    rows = [*_facts(run), *(("not as in the recipe", line) for line in _changed(config))]
+    parts += [tag("h2", "The run"), table(rows)]
+    if shown is not None and source is not None:
+        parts += _evaluation(shown, source, folder.plots)
+    parts.append(
+        details("A training batch as the model sees it", _figure(folder.plots, "train_batch", ""))
+    )
+    parts.append(tag("h2", "What to do next"))
+    for purpose, command in commands:
+        parts += [tag("p", purpose), tag("pre", command)]
+    atomic_write(folder.path / REPORT, page(f"{folder.path.name}: report", parts))
+
+
+def evaluation_report(model: Classifier, result: Evaluation, source: Source, folder: Path) -> None:
+    which = "held-out images of its run" if result.are_held_out else "images"
+    parts = [
+        tag("h1", f"{model.source or 'A model'} on {result.data}"),
+        *_accuracy(result, which),
+        items(result.warnings(), "warning"),
+        table([("model", described(model)), ("input", preprocessing_of(model).summary())]),
+        *_evaluation(result, source, folder),
+    ]
+    atomic_write(folder / REPORT, page(f"Report on {result.data}", parts))
+
+
+def _accuracy(result: Evaluation, which: str) -> list[str]:
+    on = f"On {len(result.labels):,} {which} ({result.data})."
+    return [tag("p", result.summary(), "large"), tag("p", on), items(result.lines())]
+
+
+def _evaluation(result: Evaluation, source: Source, folder: Path) -> Iterable[str]:
+    rows = [row for row in result.per_class() if row["images"]]
+    rows.sort(key=lambda row: row["recall"])
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    yield tag("h2", "Classes, the worst first")
+    yield table(cells[:_MAX_CLASSES], list(rows[0]) if rows else ["no image has a label"])
+    if len(rows) > _MAX_CLASSES:
+        yield details(f"All {len(rows)} classes", table(cells, list(rows[0])))
+    if pairs := result.worst_confusions(10):
+        yield tag("h2", "Most often confused")
+        yield table(
+            [(true, predicted, f"{count}") for true, predicted, count in pairs],
+            ("true class", "predicted", "images"),
+        )
+    yield _figure(folder, "confusion", "Confusion matrix")
+    wrong = result.mistakes()
+    yield tag("h2", f"Worst mistakes ({plural(len(wrong), 'mistake')} in all)")
+    yield tag("p", "Those whose true class seemed least likely come first. Look for wrong labels.")
+    yield f'<div class="images">{"".join(_mistakes(result, source, wrong))}</div>'
+    figures = (_figure(folder, name, name) for name in ("reliability", "predictions"))
+    yield details("Calibration, and a sample of the predictions", "".join(figures))
+
+
+def _mistakes(result: Evaluation, source: Source, wrong: np.ndarray) -> Iterable[str]:
+    for row in wrong[:_MAX_MISTAKES]:
+        index = int(result.indices[row])
+        small = plots.thumbnail(source, index)
+        true = source.label_text(index) or "none"
+        picture = ""
+        if small is not None:
+            file = io.BytesIO()
+            Image.fromarray(small).convert("RGB").save(file, "JPEG", quality=85)
+            picture = image(file.getvalue(), true, "jpeg")
+        predicted = result.predicted(int(row))
+        said = ", ".join(f"{name} {value:.0%}" for name, value in predicted) or "none"
+        lines = f"{tag('b', said)}<br>{tag('span', f'true: {true}')}"
+        name = tag("small", source.item_name(index))
+        yield f"<figure>{picture}<figcaption>{lines}<br>{name}</figcaption></figure>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _figure(folder: Path, name: str, described: str) -> str:
+    path = folder / f"{name}.png"
+    return f"<p>{image(path, described)}</p>" if path.is_file() else ""
+
+
+def _changed(config: TrainConfig) -> list[str]:
+    """The settings that differ from the recipe's, and have an effect."""
+    if config.recipe not in RECIPES or config.model.train_only == "probe":
+        return []
+    own, usual = identity(config), identity(recipe(config.recipe))
+    named = ("data.source", "model.weights")
+    changed = [key for key, value in own.items() if value != usual.get(key) and key not in named]
+    return [f"{key} = {own[key]}" for key in changed]
+
+
+def _concerns(outcome: Outcome, run: Path) -> Iterable[str]:
+    train = outcome.splits.train
+    counts = train.class_counts()
+    few = [f"{train.class_names[at]} ({counts[at]})" for at in np.flatnonzero(counts < _ENOUGH)]
+    if few:
+        yield f"few training images, fewer than {_ENOUGH}: {some_of(few)}"
+    if are_too_few(outcome.config, outcome.model.num_parameters, len(train)):
+        yield (
+            f"{len(train):,} images are few for random weights: begin with trained ones "
+            "(mixer finetune CHECKPOINT --data FOLDER)"
+        )
+    names = ("training_loss", "validation_loss")  # the latter only with validation images
+    rows = (row for row in read_results(run) if row.keys() >= {*names})
+    losses = [[float(row[name]) for name in names] for row in rows]
+    best, last = min(losses, key=lambda row: row[1], default=[]), losses[-1:]
+    if best and last[0][1] > 1.2 * best[1] and last[0][0] < best[0]:
+        yield (
+            f"overfitting: the validation loss rose from {best[1]:.3f} to {last[0][1]:.3f} "
+            f"while the training loss fell to {last[0][0]:.3f}. best/ has the weights of the best "
+            "evaluation; more images, more augmentation or fewer epochs would help"
+        )

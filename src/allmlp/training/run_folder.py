@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -98,12 +99,10 @@ def best_of(path: Path) -> Path | None:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings that determine a run's result: path of the setting -> JSON value."""
     return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
 
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    """Raises UserError naming the settings that change a run's result and differ."""
     before, after = identity(old), identity(new)
     keys = sorted((before.keys() | after.keys()) - {"data.source"})
     changed = [key for key in keys if before.get(key) != after.get(key)]
@@ -116,33 +115,31 @@ def check_same(old: TrainConfig, new: TrainConfig) -> None:
         raise UserError(what, where=old.output, fix=fix, code="other-run")
 
 
+def environment_of(run: Path) -> dict[str, Any]:
+    """Returns a run's environment.json; empty if an older version, or damage, left none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return {"data": {}, **parse_json((run / "environment.json").read_bytes())}
+    return {"data": {}}
+
+
 def first_weights(run: Path) -> str | None:
     """Returns the fingerprint of the weights that a run began with; None if it is not known."""
-    try:
-        return parse_json((run / "environment.json").read_bytes())["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return environment_of(run).get("weights")
 
 
 def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
     """Raises UserError if the images are not those of the run; they may have been moved."""
-    old = config_of(path).data.source
-    try:
-        known = parse_json((path / "environment.json").read_bytes())["data"]
-        is_same = splits.has_fingerprint(known["fingerprint"], "train")
-        for name in ("validation", "test") if old != config.data.source else ("validation",):
-            if known.get(name) is not None:  # missing in older versions
-                is_same &= splits.has_fingerprint(known[name], name)
-    except (OSError, ValueError, KeyError, TypeError):
-        is_same = old == config.data.source  # otherwise compared with the checkpoints' later
+    old, new, known = config_of(path).data.source, config.data.source, environment_of(path)["data"]
+    prints = {"train": known.get("fingerprint"), "validation": known.get("validation")}
+    prints |= {"test": known.get("test")} if old != new else {}
+    is_same = old == new or prints["train"] is not None  # else compared with the checkpoints' later
+    for name, found in prints.items():
+        is_same &= found is None or splits.has_fingerprint(found, name)
     if not is_same:
-        new = config.data.source
-        moved = "" if old == new else f": data.source is {old!r} there, {new!r} here"
-        raise other_images(path, moved)
+        raise other_images(path, "" if old == new else f": {old!r} there, {new!r} here")
 
 
 def other_images(path: Path, moved: str = "") -> UserError:
-    """Returns the error for a run whose images have changed."""
     what = f"the images differ from those that the run began with{moved}"
     fix = "Restore them, or begin a new run in another output folder"
     return UserError(what, where=path, fix=fix, code="other-data")
@@ -161,28 +158,18 @@ def planned_path(config: TrainConfig) -> Path:
             raise UserError(what, where="output", fix="Choose another") from error
         return Path(os.path.expanduser(config.output))
     stem = f"{datetime.now():%Y-%m-%d_%H%M}_{config.recipe}"
-    path, number = Path("runs") / stem, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{stem}_{number}"
-    return path
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
 
 
 def environment(
     config: TrainConfig, splits: Splits, device: torch.device, best: Path | None
 ) -> dict[str, Any]:
-    """Returns the contents of environment.json: versions, hardware, command, seed, fingerprints.
-
-    That of the first weights is None where `best` stands in for them, as they are gone.
-    """
-    found = splits.fingerprints
-    data: dict[str, Any] = {
-        "training_images": len(splits.train),
-        "fingerprint": found["train"],
-        "validation": found["validation"],
-        "test": found["test"],
-    }
-    source, weights = config.model.weights, None
+    """Returns the contents of environment.json; the first weights' fingerprint is None where `best`
+    stands in for them."""
+    found, source, weights = splits.fingerprints, config.model.weights, None
+    data = {"training_images": len(splits.train), "fingerprint": found["train"]}
+    data |= {name: found[name] for name in ("validation", "test")}
     if source and (best is None or expand(source).exists()):
         try:
             weights = weights_fingerprint(source)
@@ -196,21 +183,14 @@ class RunFolder:
     """The folder of a run, locked while open; only one process writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.writes, self.loggers = writes, Loggers()
-        self._results_header: list[str] | None = None
+        self.path, self.plots, self.best = path, path / "plots", path / "best"
+        self.checkpoints, self.writes, self.loggers = path / "checkpoints", writes, Loggers()
+        self._lock: FileLock | None = None  # or the file system has none
+        if not writes:
+            return
         try:
-            while config.output is None:  # a concurrent run may have taken the planned name
-                try:
-                    path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    path = planned_path(config)
-            self.path, self.plots, self.best = path, path / "plots", path / "best"
-            self.checkpoints = path / "checkpoints"
-            self._lock: FileLock | None = None  # or the file system has none
-            if not writes:
-                return
-            self.plots.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=config.output is not None)  # planned names are new
+            self.plots.mkdir(exist_ok=True)
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
             self._lock = locked(path / ".lock")
@@ -236,13 +216,9 @@ class RunFolder:
                 self._lock.release()
 
     @property
-    def notes(self) -> list[str]:
-        """What the user should know about the folder."""
-        if not self.writes or self._lock is not None:
-            return []
-        return [
-            "its file system has no locks (Lustre: mount it with -o flock); do not run two in it"
-        ]
+    def is_unlocked(self) -> bool:
+        """Whether nothing refuses a second run, as the file system has no locks."""
+        return self.writes and self._lock is None
 
     def rewind(self, step: int) -> None:
         """Removes log entries of later steps, and unreadable lines."""
@@ -250,7 +226,6 @@ class RunFolder:
             kept = [values for values in read_metrics(self.path) if values["step"] < step]
             self.write("metrics.jsonl", "".join(f"{json.dumps(values)}\n" for values in kept))
         rows = [row for row in read_results(self.path) if float(row["step"]) <= step]
-        self._results_header = list(rows[0]) if rows else None
         if rows:
             self.write("results.csv", csv_text([rows[0].keys(), *(row.values() for row in rows)]))
         elif self.writes:
@@ -264,7 +239,6 @@ class RunFolder:
         return {line.partition("\t")[0] for line in text.splitlines()}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:
-        """Writes a file in the folder, text or JSON."""
         if self.writes:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             atomic_write(self.path / name, text.encode(errors="backslashreplace"))
@@ -274,11 +248,10 @@ class RunFolder:
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Appends a line to results.csv; all lines have the columns of the first."""
-        header = [] if self._results_header else [list(values)]
-        self._results_header = self._results_header or list(values)
-        # A run that an older version began has fewer columns.
-        row = [values.get(name, "") for name in self._results_header]
-        self._log("results.csv", csv_text([*header, row]), "evaluation", values)
+        rows = read_results(self.path)
+        names = list(rows[0] if rows else values)  # an older version may have had fewer
+        row = [values.get(name, "") for name in names]
+        self._log("results.csv", csv_text([row] if rows else [names, row]), "evaluation", values)
 
     def log_bad_file(self, bad: BadImage) -> None:
         self._log("bad_files.txt", f"{bad.name}\t{bad.what}\n")

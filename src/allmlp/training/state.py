@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +17,57 @@ from allmlp.data.source import BadImage
 from allmlp.errors import UserError
 from allmlp.models.layers import ImageClassifier
 from allmlp.runtime.device import ComputePolicy
-from allmlp.runtime.world import World, copy_full_parameters, parallelize
+from allmlp.runtime.world import World, full_tensor, parallelize
 from allmlp.training.checkpoint import Checkpoints
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits
-from allmlp.training.optim import build_optimizers, optimizer_tensors, update_average
+from allmlp.training.optim import build_optimizers, optimizer_tensors
 from allmlp.training.run_folder import TRAINING_IMAGES, RunFolder, first_weights, other_images
-from allmlp.training.step import StepResult, Updater
+from allmlp.training.step import Updater
 from allmlp.weights.save import save_model
 
 
-@dataclass(frozen=True)
 class Run:
-    """The constants of a run."""
+    """A run: its constants, and all that it needs to resume as if it had never stopped."""
 
-    config: TrainConfig
-    splits: Splits
-    folder: RunFolder
-    report: Reporter
-    compute: ComputePolicy
-    world: World
-    num_steps: int
-
-
-class RunState:
-    """Everything needed to resume a run as if it had never stopped."""
-
-    def __init__(self, run: Run, model: ImageClassifier) -> None:
-        self.run, self.config, self.world, self.model = run, run.config, run.world, model
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        folder: RunFolder,
+        report: Reporter,
+        compute: ComputePolicy,
+        world: World,
+        num_steps: int,
+        model: ImageClassifier,
+    ) -> None:
+        self.config, self.splits, self.folder, self.report = config, splits, folder, report
+        self.compute, self.world, self.num_steps, self.model = compute, world, num_steps, model
         self.step, self.finished = 0, False  # completed steps; at full length or stopped early
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
-        self.bad = {image.name: image for image in run.splits.bad}  # training images only
+        self.bad = {image.name: image for image in splits.bad}  # training images only
+        self.named_bad = folder.bad_files()
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
         self.write_best: Callable[[], None] | None = None  # of the next save
-        decay, sharding = self.config.optimizer.ema_decay, self.config.sharding
+        decay, sharding = config.optimizer.ema_decay, config.sharding
         # What is evaluated and saved: the model itself, or a copy filled on demand.
-        is_sharded = self.world.size > 1 and sharding == "full"
+        is_sharded = world.size > 1 and sharding == "full"
         self.copy = copy.deepcopy(model) if decay or is_sharded else None
-        network = parallelize(model, sharding, self.world, run.compute.precision)
-        self.optimizers = build_optimizers(model, self.config.optimizer)
+        network = parallelize(model, sharding, world, compute.precision)
+        self.optimizers = build_optimizers(model, config.optimizer)
         self.updater = Updater(
-            *(model, network, self.optimizers, self.config, run.compute, self.world),
-            num_steps=run.num_steps,
-            say=run.report.say,
+            *(model, network, self.optimizers, config, compute, world, num_steps, report.say)
         )
         named = model.named_parameters() if decay else ()
         self.average = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        keep = max(1, self.config.keep_checkpoints)
-        self.checkpoints = Checkpoints(run.folder.checkpoints, keep, self.world, run.report.say)
+        keep = max(1, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder.checkpoints, keep, world, report.say)
 
     @property
     def mean_loss(self) -> float:
-        """Mean training loss over the steps since the last evaluation."""
         return self.loss_sum / max(self.loss_count, 1)
 
     @property
@@ -80,9 +75,17 @@ class RunState:
         """Training time of the run, including the time before it was resumed."""
         return self.seconds_before + time.perf_counter() - self.started
 
+    def name_bad(self, bad: Iterable[BadImage]) -> None:
+        """Prints and lists images that are new."""
+        for image in bad:
+            if image.name not in self.named_bad:
+                self.named_bad.add(image.name)
+                self.folder.log_bad_file(image)
+                self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
+
     def begin(self, details: dict[str, Any], is_old: bool) -> None:
         """Starts the run, with this environment.json, or restores its newest whole checkpoint."""
-        folder, splits, say = self.run.folder, self.run.splits, self.run.report.say
+        folder, splits, say = self.folder, self.splits, self.report.say
         found = self.checkpoints.newest() if is_old else None
         if found is not None:
             values = found.values
@@ -100,8 +103,8 @@ class RunState:
             self.seconds_before, self.finished = values["seconds"], values["finished"]
             if values["world_size"] == self.world.size:
                 self.updater.micro_batch_size = values["micro_batch_size"]
-            say(f"resumed  after step {self.step:,} of {self.run.num_steps:,}")
-            was, now = values["precision"], self.run.compute.precision
+            say(f"resumed  after step {self.step:,} of {self.num_steps:,}")
+            was, now = values["precision"], self.compute.precision
             if was != now:
                 say(f"note     the run computed in {was} before, and continues in {now}")
             if details["weights"] and first_weights(folder.path) not in (None, details["weights"]):
@@ -109,8 +112,9 @@ class RunState:
         elif is_old:
             self.world.broadcast_from_rank0(self.check_nothing_is_lost)
             say("resumed  from the beginning: there is no complete checkpoint yet")
-        for note in folder.notes:
-            say(f"note     {note}", style="yellow")
+        if folder.is_unlocked:
+            what = "its file system has no locks (Lustre: mount it with -o flock)"
+            say(f"note     {what}; do not run two in it", style="yellow")
         self.data = details["data"]["fingerprint"]
         if is_old:
             folder.rewind(self.step)
@@ -121,12 +125,11 @@ class RunState:
         self.started = time.perf_counter()
 
     def check_nothing_is_lost(self) -> None:
-        """Raises UserError if the run has checkpoints, but none is readable."""
-        unread = sorted(path.name for path in self.run.folder.checkpoints.glob("step-*"))
+        unread = sorted(path.name for path in self.folder.checkpoints.glob("step-*"))
         if unread:
             what = f"no checkpoint of this run can be read: {', '.join(unread)}, see above"
             fix = "Its best weights are in best/. To train anew choose another output folder"
-            raise UserError(what, where=self.run.folder.path, fix=fix)
+            raise UserError(what, where=self.folder.path, fix=fix)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors of the state by name; filling them in place restores it."""
@@ -136,11 +139,11 @@ class RunState:
         states = optimizer_tensors(self.model, self.optimizers)
         return named | {f"optimizer.{name}": tensor for name, tensor in states.items()}
 
-    def save(self, *, is_best: bool) -> None:
+    def write(self, *, is_best: bool) -> None:
         """Starts writing best/ and a checkpoint; training continues in the meantime."""
         first, self.write_best = self.write_best, None
         if self.config.keep_checkpoints == 0:
-            self.checkpoints.start(first)
+            self.checkpoints.save(self.step, None, {}, first=first)
             return
         self.world.broadcast_tensors(_statistics(self.model).values())
         names = ("best", "since_best", "last_result_at", "loss_sum", "loss_count")
@@ -149,23 +152,12 @@ class RunState:
             "config": self.config.to_json(),
             "class_names": self.model.class_names,
             "bad": [[image.name, image.what, image.index] for image in self.bad.values()],
-            "precision": self.run.compute.precision,
+            "precision": self.compute.precision,
             "world_size": self.world.size,
             "micro_batch_size": self.updater.micro_batch_size,
         }
         self.checkpoints.save(self.step, self.tensors(), values, is_best=is_best, first=first)
-        self.last_checkpoint = self.run.folder.checkpoints / f"step-{self.step:08d}"
-
-    def note_step(self, result: StepResult) -> None:
-        self.loss_sum, self.loss_count = self.loss_sum + result.loss, self.loss_count + 1
-        self.last_rate = result.learning_rate
-
-    def advance(self) -> None:
-        """Counts a completed step, and updates the moving average."""
-        if self.average:
-            update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
-        self.step += 1
-        self.finished = self.step == self.run.num_steps
+        self.last_checkpoint = self.folder.checkpoints / f"step-{self.step:08d}"
 
     def note_result(self, result: tuple[float, float] | None) -> bool:
         """Records an evaluation (score, minus loss); returns whether it is the best so far."""
@@ -179,7 +171,6 @@ class RunState:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether there was no improvement for `patience` evaluations."""
         patience = self.config.patience
         return patience is not None and self.since_best >= patience
 
@@ -189,7 +180,7 @@ class RunState:
         values = {id(value): value.to("cpu", copy=True) for value in model.buffers()}
         for p in model.parameters():
             values[id(p)] = nn.Parameter(p.to("cpu", copy=True), p.requires_grad)
-        copied, folder = copy.deepcopy(model, values), self.run.folder
+        copied, folder = copy.deepcopy(model, values), self.folder
 
         def write() -> None:
             save_model(copied, folder.best, overwrite=True)
@@ -207,7 +198,9 @@ class RunState:
         for name, target in _statistics(self.copy).items():
             target.copy_(statistics[name])
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        copy_full_parameters(self.copy, (weights | self.average).items())
+        weights |= self.average
+        for name, target in self.copy.named_parameters():
+            target.copy_(full_tensor(weights[name]))
         return self.copy
 
 

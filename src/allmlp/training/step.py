@@ -1,7 +1,4 @@
-"""A training step: micro-batches, gradient, clipping, and the checks before an update.
-
-Shapes: N images in this process's part of the batch.
-"""
+"""A training step: micro-batches, gradient, clipping, and the checks before an update."""
 
 from __future__ import annotations
 
@@ -32,7 +29,6 @@ from allmlp.runtime.device import (
     free_memory,
     keep_compiled,
     side_stream,
-    sum_dtype,
 )
 from allmlp.runtime.world import World, innermost_shards, no_sync
 from allmlp.training.config import TrainConfig
@@ -58,11 +54,8 @@ class StepResult:
 
 @dataclass
 class Updater:
-    """Updates the weights, batch by batch.
-
-    On a GPU a step waits for nothing but the result of the one before: the optimizers themselves
-    refuse a non-finite update, and all after it. Muon cannot, so it waits, as a CPU does.
-    """
+    """Updates the weights, batch by batch. On a GPU the optimizers refuse a non-finite update, and
+    all after it, so that a step waits for the one before only; not with Muon."""
 
     model: ImageClassifier
     network: nn.Module  # the model, or the wrapper from `parallelize`
@@ -73,7 +66,7 @@ class Updater:
     num_steps: int  # of the whole run
     say: Callable[[str], None]
     micro_batch_size: int | None = field(default=None, init=False)  # None until chosen
-    positive_weights: Tensor | None = field(default=None, init=False)  # of `loss_function`
+    weights: dict[str, Tensor] = field(default_factory=dict, init=False)  # of `loss_function`
     refused: Tensor | None = field(default=None, init=False)  # 1 after a non-finite step, else 0
 
     def __post_init__(self) -> None:
@@ -105,13 +98,8 @@ class Updater:
     def __call__(
         self, step: int, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int
     ) -> list[StepResult]:
-        """Updates the weights with one batch, unless the loss or the gradient is non-finite.
-
-        Returns the results that are known: of this step, or of the one before.
-
-        `step` counts from 0; images are float32 (N, channels, H, W), targets (N, classes), and
-        depth, from `draw_stochastic_depth`, (branches, N).
-        """
+        """Updates the weights, unless loss or gradient is non-finite; returns the results that are
+        known. Images are float32 (N, channels, H, W), targets (N, classes), depth (branches, N)."""
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
         rho = sam_rho_at(settings, step, self.num_steps)
@@ -144,11 +132,8 @@ class Updater:
         return results
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
-        """Stores the gradient of the mean loss in the parameters; returns this process's loss.
-
-        The loss, of `sum_dtype`, may still be computing on a GPU. If the GPU runs out of
-        memory, the micro-batch is halved, or more if that leaves equal parts, from then on.
-        """
+        """Stores the gradient of the mean loss; returns this process's loss. A GPU that runs out of
+        memory gets smaller micro-batches from then on."""
         while True:
             size = self.micro_batch_size or len(images)
             try:
@@ -179,18 +164,18 @@ class Updater:
         self.model.train(self.config.model.train_only == "all")
         for parameter in self.parameters:
             parameter.grad = None
-        count, total = len(images), images.new_zeros((), dtype=sum_dtype(images.device))
+        count = len(images)
+        # Summed in float64, which an Apple GPU does not have.
+        kind = torch.float32 if images.device.type == "mps" else torch.float64
+        total = images.new_zeros((), dtype=kind)
         for start in range(0, count, size):
             part = slice(start, start + size)
             set_stochastic_depth(self.model, depth[:, part])
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.forward(images[part])
-                positive = self.positive_weights
                 loss = loss_function(
-                    *(logits.float(), targets[part], self.config.loss),
-                    weighted=self.config.data.balance == "weights" and positive is None,
-                    positive_weights=positive,
+                    *(logits.float(), targets[part], self.config.loss), **self.weights
                 )
                 loss = loss * (len(logits) / count)
                 loss.backward()
@@ -198,11 +183,8 @@ class Updater:
         return total
 
     def choose_micro_batch(self) -> None:
-        """Chooses the micro-batch size.
-
-        Unless set explicitly, a resumed run keeps its micro-batch size, so that it continues with
-        the same bits.
-        """
+        """Chooses the size of micro-batches; that of a resumed run stays, for the same bits, unless
+        another is set."""
         own, device = self.config.batch_size // self.world.size, self.compute.device
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:
@@ -216,11 +198,8 @@ class Updater:
             self.say(f"memory   the {own} images of a step are split into {parts}")
 
     def agreed_size(self, own: int, size: int) -> int:
-        """Returns the largest micro-batch size up to `size` that fits on all processes.
-
-        By trial before the first update: later, one that runs out of memory cannot ask the others,
-        which wait for its gradient.
-        """
+        """Returns the largest micro-batch size up to `size` that fits on all processes, by trial:
+        later, one that runs out of memory cannot ask the others."""
         while True:
             fitting = size if self._fits(own, size) else _below(size, own)
             agreed = -self.world.all_reduce_max(-fitting)
@@ -249,10 +228,8 @@ class Updater:
         return False
 
     def _fitting(self, own: int) -> int:
-        """Returns the largest divisor of this process's images whose activations fit into memory.
-
-        On a CPU this cannot be found by trial: Linux kills processes that run out of memory.
-        """
+        """Returns the largest divisor of this process's images whose activations fit into memory;
+        without a trial, as Linux kills processes that run out of it."""
         device, preprocessing = self.compute.device, preprocessing_of(self.model)
         free = free_memory(device)
         if free is None:
@@ -294,11 +271,8 @@ def _below(size: int, count: int) -> int:
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
-    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward.
-
-    Measured as the difference between forward passes of two images and of one, so it holds for any
-    architecture; evaluation mode draws no random numbers and changes no running means.
-    """
+    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward: the
+    difference between forward passes of two images and of one."""
     own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
     was_training = model.training
     model.eval()

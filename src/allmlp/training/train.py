@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from allmlp.data.sources import read_from
 from allmlp.data.transforms import check_input, normalize
 from allmlp.data.workers import check_guard
 from allmlp.decision import Decision
-from allmlp.errors import UserError, between, named_memory_errors
+from allmlp.errors import UserError, between, named_memory_errors, plural
 from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.metrics import Evaluation, metric_of
 from allmlp.evaluation.probe import fit_probe, log_loss
@@ -44,14 +45,12 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.loggers import Logger, Loggers, tracker
 from allmlp.training.model import build_model, head_of
-from allmlp.training.optim import check_warmup, state_copies
+from allmlp.training.optim import check_warmup, state_copies, update_average
 from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
-    announce_time,
     balance_weights,
-    duration,
     finish,
     measure,
     predictor_of,
@@ -68,7 +67,7 @@ from allmlp.training.run_folder import (
     planned_path,
 )
 from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
-from allmlp.training.state import Run, RunState
+from allmlp.training.state import Run
 from allmlp.training.step import StepResult, unchanged_buffers
 from allmlp.weights.download import cache_folder
 
@@ -172,17 +171,13 @@ def train(
         if writes:
             report.log_to(folder.path / "log.txt")
             folder.loggers = Loggers([*map(tracker, config.trackers), *callbacks], report.say)
-        run = Run(config, splits, folder, report, compute, world, num_steps)
-        announce(run, model, in_study=in_study)
-        state = RunState(run, model)
-        stack.callback(state.checkpoints.close)
+        trainer = Trainer(config, splits, folder, report, compute, world, num_steps, model)
+        stack.callback(trainer.checkpoints.close)
+        announce(trainer, in_study=in_study)
         if not dry_run:
-            state.begin(details, is_old)
-        elif is_old:  # the time of what is left
-            newest = state.checkpoints.peek()
-            if newest is not None:
-                state.step, state.finished = newest.step, newest.values["finished"]
-        trainer = Trainer(run, state)
+            trainer.begin(details, is_old)
+        elif is_old and (newest := trainer.checkpoints.peek()):  # the time of what is left
+            trainer.step, trainer.finished = newest.step, newest.values["finished"]
         with ending_at_once(end if dry_run else trainer.end):
             seconds = None if quiet and not dry_run else trainer.expected_seconds()
         if dry_run:
@@ -192,8 +187,8 @@ def train(
             trainer.probe()
         else:
             trainer.train()
-        state.checkpoints.wait_on_all()  # for the best weights, which are measured now
-        return replace(finish(run, in_study=in_study), expected_seconds=seconds)
+        trainer.checkpoints.wait_on_all()  # for the best weights, which are measured now
+        return replace(finish(trainer, in_study=in_study), expected_seconds=seconds)
 
 
 def _open(
@@ -237,78 +232,71 @@ def _open(
     return config, path, is_old, splits
 
 
-class Trainer:
+class Trainer(Run):
     """The training loop: everything that happens in a step and between steps."""
 
-    def __init__(self, run: Run, state: RunState) -> None:
-        self.run, self.state, self.config = run, state, run.config
-        self.run_folder, self.report, self.world = run.folder, run.report, run.world
-        self.model = state.model
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        train = self.splits.train
         self.preprocessing = preprocessing_of(self.model)
-        self.steps_per_epoch = len(run.splits.train) / self.config.batch_size
-        self.epochs = self.config.epochs or run.num_steps / self.steps_per_epoch
-        self.class_weights = None
+        self.steps_per_epoch = len(train) / self.config.batch_size
+        self.epochs = self.config.epochs or self.num_steps / self.steps_per_epoch
         if self.config.data.balance == "weights":
-            weights = torch.from_numpy(balance_weights(run.splits.train)).float()
-            weights = weights.to(run.compute.device)
-            if run.splits.train.is_multi_label:
-                state.updater.positive_weights = weights
-            else:
-                self.class_weights = weights
-        self.named = run.folder.bad_files()
-        self.new_bad: list[BadImage] = []
+            weights = torch.from_numpy(balance_weights(train)).float().to(self.compute.device)
+            kind = "positive_weights" if train.is_multi_label else "class_weights"
+            self.updater.weights = {kind: weights}
         self.asked = 0  # for a stop, by any process, as of the last known step
-        self.started, self.first_step = time.perf_counter(), state.step
+        self.begun, self.first_step = time.perf_counter(), 0
         self.last_line = self.last_drawn = 0.0  # seconds
 
     def train(self) -> None:
         """Trains to the end; if interrupted at any time, best/ holds the best weights so far."""
-        config, state, world = self.config, self.state, self.world
-        if state.finished:
+        config, world = self.config, self.world
+        if self.finished:
             return
-        self.started = time.perf_counter()  # after the time estimate
-        state.updater.choose_micro_batch()
-        due, device = self.evaluation_steps(), self.run.compute.device
-        batches = self.batches(self.run.num_steps, config.data.num_workers, device)
-        self.name_bad(self.run.splits.bad)
+        self.begun, self.first_step = time.perf_counter(), self.step  # after the time estimate
+        self.updater.choose_micro_batch()
+        due, device = self.evaluation_steps(), self.compute.device
+        batches = self.batches(self.num_steps, config.data.num_workers, device)
+        self.name_bad(self.splits.bad)
         with (
             contextlib.closing(batches),
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
-            self.report.progress(self.run.num_steps, "steps", state.step) as bar,
+            self.report.progress(self.num_steps, "steps", self.step) as bar,
         ):
 
             def asked() -> int:
-                return stop.signal or _STOP_ASKED * self.run_folder.loggers.stop_asked
+                return stop.signal or _STOP_ASKED * self.folder.loggers.stop_asked
 
-            state.updater.asked = asked
+            self.updater.asked = asked
             try:
-                for step, batch in enumerate(batches, state.step):
+                for step, batch in enumerate(batches, self.step):
                     self.note_bad(batch.bad)
                     self.train_step(step, batch)
                     self.show_step(bar, step)
                     is_due = step + 1 in due
                     is_best = self.evaluate() if is_due else False
                     # On GPUs the answers came with the step before; to ask anew would wait.
-                    asks = world.size == 1 or is_due or state.updater.refused is None
+                    asks = world.size == 1 or is_due or self.updater.refused is None
                     number = world.all_reduce_max(asked()) if asks else self.asked
-                    if number == _STOP_ASKED and not state.finished:
+                    if number == _STOP_ASKED and not self.finished:
                         self.report.say("stopped early: a callback asked for it")
-                        state.finished = True
+                        self.finished = True
                         is_best = is_best if is_due else self.evaluate()
                     number = 0 if number == _STOP_ASKED else number
                     every = config.checkpoint_every
-                    is_save_due = is_due if every is None else state.step % every == 0
-                    if is_save_due or is_best or number or state.finished:
+                    is_save_due = is_due if every is None else self.step % every == 0
+                    if is_save_due or is_best or number or self.finished:
                         self.save(is_best=is_best)
                     if number:
                         self.end(number)
-                    if state.finished:
+                    if self.finished:
                         break
             except NoBatchCame:
                 # Not during an evaluation, which the resumed run would then skip, and not with
                 # several processes, as this may be the only one waiting.
-                between_steps = state.step not in due or state.step == state.last_result_at
-                if state.step and between_steps and world.size == 1:
+                between_steps = self.step not in due or self.step == self.last_result_at
+                if self.step and between_steps and world.size == 1:
                     self.save(is_best=False)
                 self.end(stop.signal)
 
@@ -326,29 +314,28 @@ class Trainer:
             balanced=config.data.balance == "sampler",
         )
         return training_batches(
-            self.run.splits.train,
+            self.splits.train,
             self.preprocessing,
             Augmentation(augment, self.preprocessing),
             order,
-            range(self.state.step, stop),
+            range(self.step, stop),
             num_workers=num_workers,
             timeout=config.data.timeout,
             device=device,
         )
 
     def inputs(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Returns images, targets, stochastic depth and dropout seed of a step."""
-        config, run = self.config, self.run
+        config, world = self.config, self.world
         random, masks = step_generator(config.seed, step), torch.Generator()
         dropout_seed = int(random.integers(2**62))
         masks.manual_seed(dropout_seed)
         images = normalize(batch.images, self.preprocessing)
-        names = run.splits.train.class_names
+        names = self.splits.train.class_names
         targets = batch.labels.float()
         if batch.labels.dim() == 1:
             targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
-        augment, own = config.augment, config.batch_size // run.world.size
-        if step < round(augment.mix_until * run.num_steps):
+        augment, own = config.augment, config.batch_size // world.size
+        if step < round(augment.mix_until * self.num_steps):
             images, targets = mix(
                 *(images, targets, random),
                 mixup_strength=augment.mixup,
@@ -356,21 +343,21 @@ class Trainer:
             )
         images, targets = images[:own], targets[:own]  # drop the extra image for mixing
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
-        depth = depth[:, run.world.rank * own : (run.world.rank + 1) * own]
-        depth = copied(depth, run.compute.device)
-        return images, targets, depth, dropout_seed + run.world.rank
+        depth = depth[:, world.rank * own : (world.rank + 1) * own]
+        depth = copied(depth, self.compute.device)
+        return images, targets, depth, dropout_seed + world.rank
 
     def expected_seconds(self) -> float | None:
         """Returns how long the rest of the run takes, by a few gradients of its next batch, which
         change no bit of the run; None if nothing is left to do."""
-        config, state, run, device = self.config, self.state, self.run, self.run.compute.device
-        steps = run.num_steps - state.step
-        if state.finished:
+        config, device = self.config, self.compute.device
+        steps = self.num_steps - self.step
+        if self.finished:
             return None
-        state.updater.choose_micro_batch()
+        self.updater.choose_micro_batch()
         # Of two batches the second, as a loader process has to start; it may hang, as in the run.
-        workers = choose_workers(config.data.num_workers, run.splits.train, self.preprocessing, 1)
-        with contextlib.closing(self.batches(state.step + 2, min(1, workers), CPU)) as batches:
+        workers = choose_workers(config.data.num_workers, self.splits.train, self.preprocessing, 1)
+        with contextlib.closing(self.batches(self.step + 2, min(1, workers), CPU)) as batches:
             batch, begun = next(batches), time.perf_counter()
             next(batches)
         decoding = time.perf_counter() - begun
@@ -378,9 +365,9 @@ class Trainer:
         with unchanged_buffers(self.model):
             for _ in range(3):
                 begun = time.perf_counter_ns()
-                state.updater.gradient(*self.inputs(state.step, batch)).item()  # waits for a GPU
+                self.updater.gradient(*self.inputs(self.step, batch)).item()  # waits for a GPU
                 times.append(self.world.all_reduce_max(time.perf_counter_ns() - begun) / 1e9)
-                if times[0] > _LONG_STEP and not run.compute.compiles:
+                if times[0] > _LONG_STEP and not self.compute.compiles:
                     break
         computing, cores = min(times), cores_of_process()
         # Loader processes decode during the step, as far as the step leaves them cores.
@@ -394,25 +381,26 @@ class Trainer:
 
         trains_all = config.model.train_only == "all"
         forward = seconds(computing / 3 if trains_all else computing) / config.batch_size
-        validation, test = (len(part or ()) for part in (run.splits.validation, run.splits.test))
-        evaluations = 1 + sum(at > state.step for at in self.evaluation_steps())
+        validation, test = (len(part or ()) for part in (self.splits.validation, self.splits.test))
+        evaluations = 1 + sum(at > self.step for at in self.evaluation_steps())
         if config.optimizer.sam_rho:  # the gradient is computed twice
             computing *= 2.0 - config.optimizer.sam_start
         total = steps * seconds(computing) + (evaluations * validation + test) * forward
-        probe = None
-        if trains_all and config.model.weights and device.type == "cpu":
-            probe = forward * (len(run.splits.train) + 2 * validation + test) * self.world.size
-        announce_time(run, total, steps, probe)
+        work = f"{plural(steps, 'step')} of {total / steps:.2g} s, including evaluations"
+        if config.model.train_only == "probe":
+            work = f"{plural(len(self.splits.train), 'image')} to compute features of"
+        about = timedelta(seconds=round(total))
+        self.report.say(f"time     about {about} ({work}), measured on this machine")
         return total
 
     def probe(self) -> None:
         """Fits the head to frozen features, which are those of `mixer evaluate`."""
-        state, train, say = self.state, self.run.splits.train, self.report.say
-        if state.finished:
+        train, say = self.splits.train, self.report.say
+        if self.finished:
             return
-        self.name_bad(self.run.splits.bad)
+        self.name_bad(self.splits.bad)
         asked = "float32" if self.config.precision == "auto" else self.config.precision
-        predictor = predictor_of(self.run, self.model, min(64, max(1, len(train) // 4)), asked)
+        predictor = predictor_of(self, self.model, min(64, max(1, len(train) // 4)), asked)
         with self.report.progress(len(train), "images") as bar:
             found = frozen_features(
                 *(predictor, train, cache_folder() / "features"),
@@ -431,51 +419,49 @@ class Trainer:
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(probe.weight).float())
             head.bias.copy_(torch.from_numpy(probe.bias).float())
-            for name, average in state.average.items():
+            for name, average in self.average.items():
                 average.copy_(trained[name])
         self.note_bad(found.bad)
-        state.step, state.finished, state.loss_count = self.run.num_steps, True, 1
-        state.loss_sum = log_loss(probe.logits(found.values), torch.from_numpy(labels)).item()
+        self.step, self.finished, self.loss_count = self.num_steps, True, 1
+        self.loss_sum = log_loss(probe.logits(found.values), torch.from_numpy(labels)).item()
         self.evaluate()
-        state.save(is_best=True)
+        self.write(is_best=True)
 
     def train_step(self, step: int, batch: Batch) -> None:
-        state, run = self.state, self.run
         images, targets, depth, dropout_seed = self.inputs(step, batch)
-        if step == 0 and run.world.is_main:
-            names = run.splits.train.class_names
+        if step == 0 and self.world.is_main:
+            names = self.splits.train.class_names
             figure = plots.training_batch(images, targets, self.preprocessing, names)
-            plots.save(figure, run.folder.plots / "train_batch.png")
-        if self.class_weights is not None:
-            targets = targets * self.class_weights
-        self.note_results(state.updater(step, images, targets, depth, dropout_seed))
-        state.advance()
+            plots.save(figure, self.folder.plots / "train_batch.png")
+        self.note_results(self.updater(step, images, targets, depth, dropout_seed))
+        if self.average:
+            update_average(self.average, self.model, self.config.optimizer.ema_decay, self.step)
+        self.step += 1
+        self.finished = self.step == self.num_steps
 
     def note_results(self, results: list[StepResult]) -> None:
         """Logs steps; a non-finite loss or gradient ends the run."""
-        state, run = self.state, self.run
         for result in results:
             step, loss = result.step, result.loss
             norm, rate = result.gradient_norm, result.learning_rate
             if not result.is_finite:
                 what = f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}"
                 self.stop(f"{what}; stopped before the weights were changed")
-            state.note_step(result)
-            self.asked = result.asked
-            if run.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == run.num_steps:
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+            self.last_rate, self.asked = rate, result.asked
+            if self.num_steps < SHORT or step % LOG_EVERY == 0 or step + 1 == self.num_steps:
                 epoch = round(step / self.steps_per_epoch, 4)
                 values = {"step": step, "epoch": epoch, "loss": loss}
                 values |= {"learning_rate": rate, "gradient_norm": norm}
-                run.folder.log_step({**values, "seconds": round(state.seconds, 3)})
+                self.folder.log_step({**values, "seconds": round(self.seconds, 3)})
 
     def save(self, *, is_best: bool) -> None:
         """Saves the run, whose steps are then known to be finite."""
-        self.note_results(self.state.updater.results())
-        self.state.save(is_best=is_best)
+        self.note_results(self.updater.results())
+        self.write(is_best=is_best)
 
     def evaluation_steps(self) -> set[int]:
-        """Returns after how many completed steps the model is evaluated."""
-        every, last = self.config.evaluate_every, self.run.num_steps
+        every, last = self.config.evaluate_every, self.num_steps
         if self.config.epochs is None:
             return {*range(every, last, every), last}
         epochs = range(every, self.config.epochs, every)
@@ -484,97 +470,84 @@ class Trainer:
     def evaluate(self) -> bool:
         """Evaluates, logs the result and saves the best weights, without validation images the
         latest; returns whether these are the best."""
-        config, state, validation = self.config, self.state, self.run.splits.validation
-        self.note_results(state.updater.results())
-        for found in self.world.gather(self.new_bad):  # images that each process could not decode
-            self.name_bad(found)
-            state.bad.update({image.name: image for image in found})
-        self.new_bad = []
-        kept, loss, result = state.kept_model(), state.mean_loss, None
+        config, validation = self.config, self.splits.validation
+        self.note_results(self.updater.results())
+        for found in self.world.gather(self.bad):  # images that a process could not decode
+            self.bad |= found
+            self.name_bad(found.values())
+        kept, loss, result = self.kept_model(), self.mean_loss, None
         figures: dict[str, float] = {}
         if validation is not None:
-            result = measure(kept, validation, self.run)
+            result = measure(kept, validation, self)
             self.name_bad(result.bad)
             check_number_bad(result.bad, validation, config.data.max_bad)
             figures = dict(result.figures())
             if not math.isfinite(figures["loss"]):
-                what = f"step {state.step - 1}: the validation loss is {figures['loss']}"
+                what = f"step {self.step - 1}: the validation loss is {figures['loss']}"
                 self.stop(f"{what}; the run has diverged")
         score, keeps_last = None, result is None or config.data.fold is not None
         if result is not None and not keeps_last:  # of equal ones, the one with the lower loss
             metric = metric_of(config.best_by)
             value = figures.get(metric.name, 0.0)  # no labelled image can be decoded
             score = metric.score(value), -figures["loss"]
-        is_best = state.note_result(score)
+        is_best = self.note_result(score)
         if is_best and self.world.is_main:
-            state.keep_best(kept, model_card(Outcome(config, self.run.splits, kept, result)))
+            self.keep_best(kept, model_card(Outcome(config, self.splits, kept, result)))
         # Epochs are rounded to whole steps, but the last step always ends the last epoch.
-        shown = self.epochs * state.step / self.run.num_steps
+        shown = self.epochs * self.step / self.num_steps
         total = f"{self.epochs:.1f}".removesuffix(".0")
         text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
         if result is not None:
-            epoch = round(state.step / self.steps_per_epoch, 3)
-            values: dict[str, float] = {"epoch": epoch, "step": state.step}
+            epoch = round(self.step / self.steps_per_epoch, 3)
+            values: dict[str, float] = {"epoch": epoch, "step": self.step}
             values["training_loss"] = round(loss, 6)
             values |= {f"validation_{name}": round(value, 6) for name, value in figures.items()}
-            values |= {"seconds": round(state.seconds, 1), "best": int(is_best)}
-            self.run_folder.log_evaluation(values)
+            values |= {"seconds": round(self.seconds, 1), "best": int(is_best)}
+            self.folder.log_evaluation(values)
             text += f"   validation {result.summary()}, loss {figures['loss']:.4f}"
-            seconds = time.perf_counter() - self.started
+            seconds = time.perf_counter() - self.begun
             if self.world.is_main and seconds - self.last_drawn > _REDRAW_EVERY:
-                self.run_folder.draw_curves()
-                self.last_drawn = time.perf_counter() - self.started
-        text += f"   {state.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
+                self.folder.draw_curves()
+                self.last_drawn = time.perf_counter() - self.begun
+        text += f"   {self.seconds:6.1f} s{'   best' * (is_best and not keeps_last)}"
         self.report.say(text)
-        if state.is_out_of_patience and state.step < self.run.num_steps:
+        if self.is_out_of_patience and self.step < self.num_steps:
             self.report.say(f"stopped early: no better result in {config.patience} evaluations")
-        self.last_line = time.perf_counter() - self.started
+        self.last_line = time.perf_counter() - self.begun
         return is_best
 
     def show_step(self, bar: ProgressBar, step: int) -> None:
         """Advances the progress bar; without a terminal, prints a line every half minute."""
-        seconds, done = time.perf_counter() - self.started, step + 1 - self.first_step
-        speed = done * self.config.batch_size / seconds
-        rate = self.state.last_rate
-        note = f"loss {self.state.mean_loss:.3f}  rate {rate:.2g}  {speed:,.0f} images/s"
+        seconds, done = time.perf_counter() - self.begun, step + 1 - self.first_step
+        speed = f"{done * self.config.batch_size / seconds:,.0f} images/s"
+        note = f"loss {self.mean_loss:.3f}  rate {self.last_rate:.2g}  {speed}"
         total = math.ceil(self.epochs - 1e-9)
-        epoch = min(int(self.epochs * step / self.run.num_steps + 1e-9) + 1, total)
+        epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
         if not self.report.console.is_terminal and seconds - self.last_line > 30:
-            left = f"{duration((self.run.num_steps - step - 1) * seconds / done)} to go"
-            self.report.say(f"step {step + 1:,} of {self.run.num_steps:,}   {note}   {left}")
+            left = timedelta(seconds=round((self.num_steps - step - 1) * seconds / done))
+            self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left} to go")
             self.last_line = seconds
 
     def note_bad(self, found: list[BadImage]) -> None:
         """Reports undecodable images once, and stops the run if there are too many."""
-        bad = self.state.bad
-        self.new_bad += [image for image in found if image.name not in bad]
-        bad.update({image.name: image for image in found if image.name not in bad})
+        self.bad = {image.name: image for image in found} | self.bad
         self.name_bad(found)
-        check_number_bad(list(bad.values()), self.run.splits.train, self.config.data.max_bad)
-
-    def name_bad(self, bad: list[BadImage]) -> None:
-        """Reports and lists images that are new."""
-        for image in bad:
-            if image.name not in self.named:
-                self.named.add(image.name)
-                self.run_folder.log_bad_file(image)
-                self.report.say(f"skipped  {image.name}: {image.what}", style="yellow")
+        check_number_bad(list(self.bad.values()), self.splits.train, self.config.data.max_bad)
 
     def end(self, number: int) -> NoReturn:
         """Exits as the signal would have, and prints how to resume the run."""
-        self.state.checkpoints.wait()
-        self.report.say(f"\nstopped after step {self.state.step:,} of {self.run.num_steps:,}")
-        how = f"to resume: {resume_command(self.run)}"
-        if not self.config.keep_checkpoints:
-            how = "the run keeps no checkpoints and cannot be resumed"
-        self.report.say(how)
+        self.checkpoints.wait()
+        self.report.say(f"\nstopped after step {self.step:,} of {self.num_steps:,}")
+        keeps = self.config.keep_checkpoints > 0
+        how = f"to resume: {resume_command(self)}"
+        self.report.say(how if keeps else "the run keeps no checkpoints and cannot be resumed")
         end(number)
 
     def stop(self, what: str) -> NoReturn:
         """Stops a diverged run; best/ and checkpoints/ are kept."""
-        self.state.checkpoints.wait()
-        last = self.state.last_checkpoint
+        self.checkpoints.wait()
+        last = self.last_checkpoint
         what += f"; the last good checkpoint is {last}" if last else "; there is no checkpoint yet"
         fix = f"A lower learning_rate, in a new run: {self.config.optimizer.learning_rate / 3:.1g}"
-        raise DivergedError(what, where=self.run_folder.path, fix=fix, code="diverged")
+        raise DivergedError(what, where=self.folder.path, fix=fix, code="diverged")
