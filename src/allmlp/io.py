@@ -148,7 +148,7 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_PARTIAL, _LOCK = ".partial", ".lock"
+_PARTIAL = ".partial"
 _STALE = 24 * 3600.0  # seconds unchanged, after which a partial file is abandoned
 
 Content = bytes | str | Callable[[Path], None]
@@ -196,7 +196,7 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 def partial_path(path: Path, process: int | None = None) -> Path:
     """Returns the temporary path that a process on this machine writes to."""
-    return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}{_PARTIAL}")
 
 
 def machine() -> str:
@@ -208,13 +208,18 @@ def machine() -> str:
 
 
 def remove_stale(folder: Path, name: str = "") -> None:
-    """Removes partial files (of one name) left in a folder by killed processes."""
+    """Removes partial files and folders (of one name) that killed processes left in a folder."""
     start = f".{glob.escape(name)}." if name else "."
     for left in folder.glob(f"{start}*{_PARTIAL}"):
         host, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
-            is_dead = host == machine() and process.isdecimal() and not process_lives(int(process))
-            if is_dead or time.time() - left.stat().st_mtime > _STALE:
+            if host == machine() and process.isdecimal() and sys.platform != "win32":
+                is_stale = not process_lives(int(process))
+            else:
+                is_stale = time.time() - left.stat().st_mtime > _STALE
+            if is_stale and left.is_dir():
+                shutil.rmtree(left)
+            elif is_stale:
                 left.unlink()
 
 
@@ -254,15 +259,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
-    """Locks a file and returns the lock; None if its file system has no locks, such as Lustre
-    without flock.
-
-    filelock would make a file stand for the lock there, which a killed process leaves behind.
-
-    Raises:
-        Timeout: another process holds the lock.
-        OSError: the file cannot be made.
-    """
+    """Returns the lock of a file, or raises Timeout; None on a file system without locks, where
+    filelock would make a file stand for the lock, which a killed process leaves behind."""
     from filelock import FileLock  # takes 0.2 s to import
 
     if sys.platform != "win32":
@@ -283,41 +281,19 @@ def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to a path, for files to be renamed to it.
-
-    Folders left behind by killed processes are removed first. A live process holds a file lock,
-    which the system releases however the process ends.
-    """
-    from filelock import Timeout  # takes 0.2 s to import
-
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        with contextlib.suppress(OSError, Timeout):
-            lock = locked(left / _LOCK)
-            if lock is None:  # its process may be at work
-                continue
-            shutil.rmtree(left, ignore_errors=True)
-            lock.release()
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
-        try:
-            lock = locked(folder / _LOCK, timeout=60)
-            break
-        except OSError:  # another process removed it before it was locked
-            if folder.exists():
-                raise
+    """Yields a temporary folder next to a path, for files to be renamed to it."""
+    remove_stale(path.parent, path.name)
+    suffix = f".{machine()}-{os.getpid()}{_PARTIAL}"
+    folder = Path(tempfile.mkdtemp(suffix, f".{path.name}.", path.parent))
     try:
         yield folder
     finally:
-        if lock is not None:
-            lock.release()  # first: some systems cannot delete open files
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether a host answers; True behind a proxy, where that is unknown.
-
-    Checked first because the client libraries retry for half a minute.
-    """
+    """Returns whether a host answers, since client libraries retry for half a minute; True behind
+    a proxy, where that is unknown."""
     parts = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies() or parts.hostname is None:
         return True
