@@ -33,7 +33,6 @@ STANDARD_OUTPUT = "-"  # output name
 
 
 def expand(path: str | Path) -> Path:
-    """Returns the path with ~ expanded."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -110,10 +109,8 @@ def _check_free(path: Path) -> None:
 def check_not_inputs(
     outputs: Iterable[Path], inputs: Iterable[str | Path], images: Iterable[str] = ()
 ) -> None:
-    """Checks that no output is an input or lies inside one, links resolved.
-
-    `images` are further input files, possibly millions, compared with existing outputs only.
-    """
+    """Checks that no output is an input or lies inside one, links resolved; `images`, possibly
+    millions, are compared with existing outputs only."""
     held: dict[tuple[int, int], Path] = {}
     replaces = False
     for output in outputs:
@@ -155,10 +152,7 @@ Content = bytes | str | Callable[[Path], None]
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Writes a file atomically: to a temporary name, flushed to disk, then renamed.
-
-    `content` is bytes, text, or a function that writes to a given path.
-    """
+    """Writes a file under a temporary name, flushes it to disk and renames it."""
     atomic_write_all({path: content})
 
 
@@ -188,14 +182,12 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Returns rows of cells as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def partial_path(path: Path, process: int | None = None) -> Path:
-    """Returns the temporary path that a process on this machine writes to."""
     return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}{_PARTIAL}")
 
 
@@ -245,7 +237,6 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file or directory to disk."""
     if sys.platform == "win32":  # cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -61,8 +61,6 @@ DECODING = (
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """Metadata of an exported file."""
-
     config: ModelConfig
     class_names: list[str] | None
     preprocessing: Preprocessing
@@ -93,7 +91,6 @@ def info_of(
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
-    """Serializes the metadata to text entries."""
     (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
     values = "numbers" if info.preprocessing.kind == "arrays" else "pixels / 255"
     shape = f"float32 (N, {channels}, {height}, {width}), ({values} - mean) / std"
@@ -208,8 +205,6 @@ _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """An export format."""
-
     name: str
     suffix: str  # of the file passed to the runtime; "" for a folder
     runtime: str  # package that runs it
@@ -232,7 +227,6 @@ def format_of(path: str | Path) -> Format:
 
 
 def is_exported(source: object) -> bool:
-    """Returns whether this is the name of an exported file, by its suffix."""
     return isinstance(source, str | Path) and Path(source).suffix.lower() in EXPORTED
 
 

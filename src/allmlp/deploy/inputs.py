@@ -66,11 +66,9 @@ def _download(url: str) -> bytes:
 
 
 def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None) -> Source:
-    """Returns the images given by the inputs, in order.
+    """Returns the images given by any number of inputs, in order, or by one data source.
 
-    Args:
-        inputs: any number of inputs of any kind, "-" at most once; or a single data source.
-        listed: the paths "-" stands for; None reads them from standard input.
+    `listed` are the paths that "-" stands for; None reads them from standard input.
     """
     if not inputs:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
@@ -187,10 +185,7 @@ def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
 
 
 def read_list() -> PackedStrings:
-    """Returns the paths on standard input, separated by newlines or zero bytes.
-
-    A missing file becomes a row with an error, like any other bad image.
-    """
+    """Returns the paths on standard input, separated by newlines or zero bytes."""
     stream = sys.stdin.buffer
     # Paths with newlines need zero bytes as separators.
     data = b"" if stream.isatty() else stream.read()

@@ -1,9 +1,6 @@
 """Reads a weights file of any format into named tensors, without running any code.
 
-The format is detected from the first bytes, not from the name:
-    safetensors   ours, timm's and the hub's
-    npz           Google's, read without pickle
-    torch         .pth, .pt and .bin: a pickle, restricted to torch's list of safe types
+The format is detected from the first bytes, not from the name.
 """
 
 from __future__ import annotations
