@@ -132,14 +132,10 @@ class ExportReport:
     def _rows(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size
         shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
-        total = sum(self.files.values())
-        large = {name: size for name, size in self.files.items() if size > total / 100}
-        sizes = [f"{name} {size / 2**20:,.1f} MiB" for name, size in large.items()]
-        if len(large) < len(self.files):
-            sizes.append(f"in all {total / 2**20:,.1f} MiB")
+        total = sum(self.files.values()) / 2**20
         parity, is_multi = self.parity, self.parity.metric != "accuracy"
         difference = f"largest difference {parity.largest_difference:.2g}"
-        yield "file", ", ".join(sizes)
+        yield "file", f"{', '.join(self.files)} ({total:,.1f} MiB)"
         yield "format", f"{self.format}, {self.precision}, run by {self.runtime}"
         yield "input", f"{height}x{width} pixels, {shape}, any batch"
         yield "compared", f"{plural(parity.num_images, 'image')}: {parity.images}"

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import glob
 import http.client
-import itertools
 import operator
 import os
 import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,11 @@ def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None)
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
     if sum(isinstance(item, str) and item == STANDARD_INPUT for item in inputs) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
-    if len(inputs) == 1 and _are_rows(inputs[0]):
-        return unlabelled(ArrayRows(np.asarray(inputs[0]), "x"), "x")
-    if len(inputs) == 1 and _names_data(inputs[0]):
-        return open_source(str(inputs[0]), labels="any")
+    alone = inputs[0] if len(inputs) == 1 else None
+    if _are_rows(alone):
+        return unlabelled(ArrayRows(np.asarray(alone), "x"), "x")
+    if isinstance(alone, str | Path) and not is_url(alone) and is_data(str(alone)):
+        return open_source(str(alone), labels="any")
     passed_over: Counter[str] = Counter()
     encoded: dict[int, bytes] = {}
     paths = PackedStrings(_names(inputs, listed, passed_over, encoded))
@@ -134,10 +134,6 @@ def _are_rows(values: Any) -> bool:
     return isinstance(values, np.ndarray) and values.dtype != np.uint8
 
 
-def _names_data(item: AnyImage) -> bool:
-    return isinstance(item, str | Path) and not is_url(item) and is_data(str(item))
-
-
 def _names(
     inputs: Sequence[AnyImage],
     listed: Sequence[str] | None,
@@ -145,22 +141,22 @@ def _names(
     encoded: dict[int, bytes],
 ) -> Iterator[str]:
     """Yields the name of every image; adds those in memory to `encoded`."""
-    number = itertools.count()
+    count = 0
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
-            found: Any = [f"images[{position}]"]
+            encoded[count] = encoded_image(item, f"image {position}")
+            found: Iterable[str] = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
         elif is_url(item):
             found = [str(item)]
-        elif _names_data(item):
+        elif is_data(str(item)):
             what = f"{str(item)!r} is a data source, which must be the only input"
             raise UserError(what, fix="Give it to a command of its own")
         else:
             found = _files(str(item), passed_over)
-        for name, at in zip(found, number, strict=False):
-            if not isinstance(item, str | Path):
-                encoded[at] = encoded_image(item, f"image {position}")
+        for name in found:
+            count += 1
             yield name
 
 
