@@ -246,27 +246,18 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-
 def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
-    """Returns the lock of a file, or raises Timeout; None on a file system without locks, where
-    filelock would make a file stand for the lock, which a killed process leaves behind."""
+    """Returns the lock of a file, or raises Timeout; None on a file system without locks."""
     from filelock import FileLock  # takes 0.2 s to import
 
-    if sys.platform != "win32":
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return None
-        finally:
-            os.close(descriptor)
-    lock = FileLock(path, timeout=timeout)
-    lock.acquire()
+    # A file that stands for the lock would be left behind by a killed process.
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return None
+        raise
     return lock
 
 
