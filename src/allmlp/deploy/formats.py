@@ -1,14 +1,7 @@
 """Export formats, one record each, and exported files as models.
 
 To add a format, add a record to `FORMATS` and its suffix to `weights.load.EXPORTED`. Every file
-carries its metadata as text entries:
-
-class_names     JSON list in the order of the logits, or null
-preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
-decision        JSON object: labels, temperature, ... of `Decision`; absent if all are defaults
-input           description of the input's shape, type and range
-decoding        description of how image files are decoded before resizing
-allmlp          JSON object: format, version, precision, architecture, hash of the weights, ...
+carries its metadata as text entries, see docs/deploy.md.
 """
 
 from __future__ import annotations
@@ -152,14 +145,9 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
 class ExportedModel:
     """An exported file, run by its runtime on the CPU: images in, logits out.
 
-    Args:
-        info: the file's metadata.
-        run: computes logits from graph inputs.
-        runtime: name and version, such as "onnxruntime 1.31.1".
-        source: the file.
-
     Attributes:
-        info, run, runtime: as given.
+        run: computes logits from graph inputs, both arrays.
+        runtime: name and version, such as "onnxruntime 1.31.1".
         config, class_names, decision, source: as in `ImageClassifier`.
         preprocessing: the part done outside the file.
     """

@@ -103,8 +103,9 @@ def write_predictions(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    asked = ("top_k", "features", "unsure_below", "neighbors")
-    columns = choose_columns(net, **{name: getattr(options, name) for name in asked})
+    columns = choose_columns(
+        net, options.top_k, options.unsure_below, options.features, options.neighbors
+    )
     if output is not None and output.is_folder:
         begun = output
         output = world.broadcast_from_rank0(

@@ -1,8 +1,4 @@
-"""Rows of predictions, computed in batches and streamed to a table.
-
-The columns of CSV and Parquet are path; answer, if it can differ from class_1; class_1,
-probability_1, class_2, ... or feature_0, feature_1, ... (Parquet: one list column, features) and
-neighbor_1, row_1, similarity_1, ...; and error.
+"""Rows of predictions, computed in batches and streamed to a table (columns: docs/predict.md).
 
 Shapes: N images per batch, K classes, C features.
 """
@@ -100,10 +96,9 @@ class Columns:
 
 def choose_columns(
     model: Classifier,
-    *,
     top_k: int | None = None,
-    features: bool = False,
     unsure_below: float | None = None,
+    features: bool = False,
     neighbors: int | None = None,
 ) -> Columns:
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
