@@ -4,11 +4,17 @@ import base64
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, file_download
+
+from web_server import running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,8 +92,8 @@ class Hub:
 
 
 @contextmanager
-def serve(hub: Hub) -> Iterator[str]:
-    """Runs the hub for the block; gives its address."""
+def serve(hub: Hub, folder: Path) -> Iterator[Hub]:
+    """Runs the hub for the block, with its library's cache and token in a folder."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -136,11 +142,16 @@ def serve(hub: Hub) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             del format, args
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-        try:
-            yield hub.endpoint
-        finally:
-            server.shutdown()
+    with running(Handler) as hub.endpoint, pytest.MonkeyPatch.context() as patch:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        patch.setenv("HF_TOKEN", "hf_writer")
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        huggingface_hub.utils.disable_progress_bars()
+        yield hub
+        huggingface_hub.close_session()

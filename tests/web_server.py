@@ -8,6 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def running(handler: Any) -> Iterator[str]:
+    """Runs a server on loopback for the block; gives its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @dataclass
@@ -80,13 +93,8 @@ def serve(behaviour: Behaviour) -> Iterator[str]:
             with suppress(OSError, ValueError):
                 super().finish()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/file"
-        finally:
-            server.shutdown()
+    with running(Handler) as address:
+        yield f"{address}/file"
 
 
 @contextmanager
@@ -102,8 +110,5 @@ def static(folder: Path, agents: list[str | None] | None = None) -> Iterator[str
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with running(functools.partial(Handler, directory=str(folder))) as address:
+        yield address

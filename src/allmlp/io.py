@@ -33,7 +33,6 @@ STANDARD_OUTPUT = "-"  # output name
 
 
 def expand(path: str | Path) -> Path:
-    """Returns the path with ~ expanded."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -110,10 +109,8 @@ def _check_free(path: Path) -> None:
 def check_not_inputs(
     outputs: Iterable[Path], inputs: Iterable[str | Path], images: Iterable[str] = ()
 ) -> None:
-    """Checks that no output is an input or lies inside one, links resolved.
-
-    `images` are further input files, possibly millions, compared with existing outputs only.
-    """
+    """Checks that no output is an input or lies inside one, links resolved; `images`, possibly
+    millions, are compared with existing outputs only."""
     held: dict[tuple[int, int], Path] = {}
     replaces = False
     for output in outputs:
@@ -148,17 +145,14 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_PARTIAL, _LOCK = ".partial", ".lock"
+_PARTIAL = ".partial"
 _STALE = 24 * 3600.0  # seconds unchanged, after which a partial file is abandoned
 
 Content = bytes | str | Callable[[Path], None]
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Writes a file atomically: to a temporary name, flushed to disk, then renamed.
-
-    `content` is bytes, text, or a function that writes to a given path.
-    """
+    """Writes a file under a temporary name, flushes it to disk and renames it."""
     atomic_write_all({path: content})
 
 
@@ -188,15 +182,13 @@ def atomic_write_all(contents: dict[Path, Content]) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Returns rows of cells as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def partial_path(path: Path, process: int | None = None) -> Path:
-    """Returns the temporary path that a process on this machine writes to."""
-    return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{machine()}-{process or os.getpid()}{_PARTIAL}")
 
 
 def machine() -> str:
@@ -208,13 +200,18 @@ def machine() -> str:
 
 
 def remove_stale(folder: Path, name: str = "") -> None:
-    """Removes partial files (of one name) left in a folder by killed processes."""
+    """Removes partial files and folders (of one name) that killed processes left in a folder."""
     start = f".{glob.escape(name)}." if name else "."
     for left in folder.glob(f"{start}*{_PARTIAL}"):
         host, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
-            is_dead = host == machine() and process.isdecimal() and not process_lives(int(process))
-            if is_dead or time.time() - left.stat().st_mtime > _STALE:
+            if host == machine() and process.isdecimal() and sys.platform != "win32":
+                is_stale = not process_lives(int(process))
+            else:
+                is_stale = time.time() - left.stat().st_mtime > _STALE
+            if is_stale and left.is_dir():
+                shutil.rmtree(left)
+            elif is_stale:
                 left.unlink()
 
 
@@ -240,7 +237,6 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file or directory to disk."""
     if sys.platform == "win32":  # cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -250,74 +246,36 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-
 def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
-    """Locks a file and returns the lock; None if its file system has no locks, such as Lustre
-    without flock.
-
-    filelock would make a file stand for the lock there, which a killed process leaves behind.
-
-    Raises:
-        Timeout: another process holds the lock.
-        OSError: the file cannot be made.
-    """
+    """Returns the lock of a file, or raises Timeout; None on a file system without locks."""
     from filelock import FileLock  # takes 0.2 s to import
 
-    if sys.platform != "win32":
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return None
-        finally:
-            os.close(descriptor)
-    lock = FileLock(path, timeout=timeout)
-    lock.acquire()
+    # A file that stands for the lock would be left behind by a killed process.
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return None
+        raise
     return lock
 
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to a path, for files to be renamed to it.
-
-    Folders left behind by killed processes are removed first. A live process holds a file lock,
-    which the system releases however the process ends.
-    """
-    from filelock import Timeout  # takes 0.2 s to import
-
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        with contextlib.suppress(OSError, Timeout):
-            lock = locked(left / _LOCK)
-            if lock is None:  # its process may be at work
-                continue
-            shutil.rmtree(left, ignore_errors=True)
-            lock.release()
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
-        try:
-            lock = locked(folder / _LOCK, timeout=60)
-            break
-        except OSError:  # another process removed it before it was locked
-            if folder.exists():
-                raise
+    """Yields a temporary folder next to a path, for files to be renamed to it."""
+    remove_stale(path.parent, path.name)
+    suffix = f".{machine()}-{os.getpid()}{_PARTIAL}"
+    folder = Path(tempfile.mkdtemp(suffix, f".{path.name}.", path.parent))
     try:
         yield folder
     finally:
-        if lock is not None:
-            lock.release()  # first: some systems cannot delete open files
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether a host answers; True behind a proxy, where that is unknown.
-
-    Checked first because the client libraries retry for half a minute.
-    """
+    """Returns whether a host answers, since client libraries retry for half a minute; True behind
+    a proxy, where that is unknown."""
     parts = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies() or parts.hostname is None:
         return True

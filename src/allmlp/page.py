@@ -15,7 +15,6 @@ _NUMBER = re.compile(r"[\d.,]+%?")
 
 
 def page(title: str, parts: Iterable[str]) -> bytes:
-    """Returns a page of parts, which are HTML already."""
     template = Template(_TEMPLATE.read_text("utf-8"))
     return template.substitute(title=safe(title), body="\n".join(parts)).encode()
 
@@ -26,7 +25,6 @@ def safe(text: object, *, quote: bool = False) -> str:
 
 
 def tag(name: str, text: object, style: str = "") -> str:
-    """Returns an element with this text."""
     return f"<{name}{f' class={style}' if style else ''}>{safe(text)}</{name}>"
 
 
@@ -46,16 +44,13 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), style: str = 
 
 
 def image(content: Path | bytes, described: str, kind: str = "png") -> str:
-    """Returns an image with its bytes inside."""
     data = content if isinstance(content, bytes) else content.read_bytes()
     return f'<img src="{data_url(data, kind)}" alt="{safe(described, quote=True)}">'
 
 
 def data_url(content: bytes, kind: str = "png") -> str:
-    """Returns a URL that is the encoded image itself."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def details(title: str, body: str) -> str:
-    """Returns a part that is folded until it is clicked."""
     return f"<details><summary>{safe(title)}</summary>{body}</details>"

@@ -90,18 +90,6 @@ def test_equal_probabilities_keep_the_order_of_the_classes(album):
     assert [name for name, _ in found.classes] == model.class_names[:9]
 
 
-def test_precision(model, album):
-    exact, half, chosen = (
-        am.predict(model, album, top_k=7, precision=name, num_workers=0)
-        for name in ("float32", "bfloat16", "auto")
-    )
-    assert chosen == exact  # a small model gains nothing from bfloat16
-    assert half != exact
-    for a, b in zip(exact, half, strict=True):
-        values = dict(b.classes)
-        assert all(values[name] == pytest.approx(value, abs=0.05) for name, value in a.classes)
-
-
 # --- what goes in ---------------------------------------------------------------------------------
 
 

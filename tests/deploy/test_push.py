@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 import allmlp as am
 from conftest import ROOT, draw, ran, refused, tiny_model, user_error
@@ -21,21 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    served = Hub()
-    with serve(served) as endpoint:
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        huggingface_hub.utils.disable_progress_bars()
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serve(Hub(), tmp_path) as served:
         yield served
-        huggingface_hub.close_session()
 
 
 def check_same(model: am.ImageClassifier, other: am.ImageClassifier) -> None:

@@ -1,14 +1,13 @@
 """hf:owner/name against a hub of our own on loopback, and without a network."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+import allmlp as am
 from conftest import GOLDEN
 from hub_server import Hub, serve
 
@@ -25,51 +24,28 @@ FILES = {
 }
 
 
-@pytest.fixture
-def endpoint() -> Iterator[str]:
-    """A server that answers as the hub does for owner/tiny, branches main and v2."""
-
-    with serve(Hub({"owner/tiny": {"main": FILES, "v2": FILES}})) as address:
-        yield address
-
-
-def load(source: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Loads in a process of its own: the hub's library reads its settings when imported."""
-    code = (
-        "import sys, allmlp as am\n"
-        "try:\n"
-        "    model = am.load_model(sys.argv[1])\n"
-        "except am.UserError as error:\n"
-        "    sys.exit('error: ' + error.text())\n"
-        "print(model.config.num_classes, model.config.gelu, model.preprocessing.value_range())\n"
-    )
-    settings = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
-    settings.pop("HF_TOKEN", None)
-    return subprocess.run(
-        [sys.executable, "-c", code, source],
-        capture_output=True,
-        text=True,
-        env=settings,
-        timeout=60,
-    )
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The hub's cache, with a hub that has owner/tiny, branches main and v2."""
+    with serve(Hub({"owner/tiny": {"main": FILES, "v2": FILES}}), tmp_path):
+        yield tmp_path / "cache"
 
 
-@pytest.mark.slow
-def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
-    online = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint)
-    assert online.stdout == "7 exact [0, 1]\n", online.stderr
-    offline = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
-    assert offline.stdout == "7 exact [0, 1]\n", offline.stderr
-    blob = next(path for path in tmp_path.rglob("model.safetensors")).resolve()
+def test_a_model_of_the_hub_and_then_offline(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    for offline in ("0", "1"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        model = am.load_model("hf:owner/tiny@v2", quiet=True)
+        assert (model.config.num_classes, model.config.gelu) == (7, "exact")
+        assert model.preprocessing.value_range() == "[0, 1]"
+    blob = next(path for path in cache.rglob("model.safetensors")).resolve()
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
-    damaged = load("hf:owner/tiny@v2", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
-    assert "the cached file is damaged" in damaged.stderr
-    assert f"Delete {blob}" in damaged.stderr
+    with pytest.raises(am.UserError, match="the cached file is damaged") as caught:
+        am.load_model("hf:owner/tiny@v2")
+    assert str(blob) in str(caught.value.fix)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -77,18 +53,15 @@ def test_a_model_of_the_hub_and_then_offline(tmp_path: Path, endpoint: str):
         ("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'"),
     ],
 )
-def test_what_is_not_there(tmp_path: Path, endpoint: str, source: str, message: str):
-    result = load(source, tmp_path, HF_ENDPOINT=endpoint)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_what_is_not_there(source: str, message: str):
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(source)
 
 
-@pytest.mark.slow
-def test_no_network_is_one_message(tmp_path: Path):
-    result = load("hf:owner/tiny", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert result.returncode == 1
-    assert "owner/tiny is not in the cache and the hub cannot be reached" in result.stderr
-    assert "to fix: With a network: hf download owner/tiny" in result.stderr
-    assert str(tmp_path) in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 3  # no warnings of the hub's library
+def test_no_network_is_one_message(cache: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(am.UserError, match="owner/tiny is not in the cache") as caught:
+        am.load_model("hf:owner/tiny")
+    assert caught.value.where == str(cache)
+    assert "hf download owner/tiny" in str(caught.value.fix)
+    assert capfd.readouterr().err == ""  # no warnings of the hub's library

@@ -1,10 +1,4 @@
-"""A web page that classifies images in the browser, from a folder of static files.
-
-index.html page.css page.js   as of `mixer serve`
-start.js                      decodes, resizes and classifies; computes nothing on a server
-model.json model.onnx         how images are prepared and answered; the graph, on uint8 images
-ort*                          onnxruntime-web, from its npm package
-"""
+"""A web page of static files that classifies images in the browser, with onnxruntime-web."""
 
 from __future__ import annotations
 

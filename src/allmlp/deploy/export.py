@@ -1,9 +1,4 @@
-"""Export: a file that runs without this package, and a report comparing it with the model.
-
-    model -> graph (onnx_graph) -> optionally int8 (int8) -> file (formats), run by its runtime
-
-The file is written to a staging folder and moved into place only once validated.
-"""
+"""Export: a file that runs without this package, moved into place once it agrees with the model."""
 
 from __future__ import annotations
 
@@ -62,21 +57,15 @@ Speed = dict[str, float]  # images_per_second in batches, latency_ms of one imag
 
 @dataclass(frozen=True)
 class Parity:
-    """Agreement between the answers of a model and of its exported file.
-
-    Attributes:
-        top1_agreement: fraction of images with the same top-1 class, or with the same labels.
-        accuracy: `metric` of model and file; None without labels.
-        metric: "accuracy" (top-1), or "mAP" with several labels per image.
-    """
+    """Agreement between the answers of a model and of its exported file."""
 
     images: str
     num_images: int
     largest_difference: float
     largest_logit: float
-    top1_agreement: float
-    accuracy: tuple[float, float] | None = None
-    metric: str = "accuracy"
+    top1_agreement: float  # fraction of images with the same top-1 class, or the same labels
+    accuracy: tuple[float, float] | None = None  # `metric` of model and file, with labels
+    metric: str = "accuracy"  # top-1, or "mAP" with several labels per image
 
     @property
     def relative(self) -> float:
@@ -89,7 +78,6 @@ class Parity:
         return 0.0 if self.accuracy is None else 100.0 * (self.accuracy[0] - self.accuracy[1])
 
     def failures(self, precision: str, max_accuracy_drop: float) -> list[str]:
-        """Returns descriptions of the failed criteria."""
         limit = LARGEST_DIFFERENCE.get(precision, np.inf)
         differs = f"the largest difference is {self.relative:.2g} of the largest logit"
         fell = f"the {self.metric} fell by {self.drop:.2f} points"
@@ -135,25 +123,19 @@ class ExportReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the file meets all criteria."""
         return not self.failures
 
     def lines(self) -> Iterator[str]:
-        """Yields the report as lines for the console."""
         for name, value in self._rows():
             yield f"{name:<10}  {value}"
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size
         shape = "uint8 (N, H, W, channels)" if self.uint8_input else "float32 (N, channels, H, W)"
-        total = sum(self.files.values())
-        large = {name: size for name, size in self.files.items() if size > total / 100}
-        sizes = [f"{name} {size / 2**20:,.1f} MiB" for name, size in large.items()]
-        if len(large) < len(self.files):
-            sizes.append(f"in all {total / 2**20:,.1f} MiB")
+        total = sum(self.files.values()) / 2**20
         parity, is_multi = self.parity, self.parity.metric != "accuracy"
         difference = f"largest difference {parity.largest_difference:.2g}"
-        yield "file", ", ".join(sizes)
+        yield "file", f"{', '.join(self.files)} ({total:,.1f} MiB)"
         yield "format", f"{self.format}, {self.precision}, run by {self.runtime}"
         yield "input", f"{height}x{width} pixels, {shape}, any batch"
         yield "compared", f"{plural(parity.num_images, 'image')}: {parity.images}"
@@ -259,7 +241,6 @@ def build(
     log: Callable[[str], None],
     made_from: str | None,
 ) -> ExportReport:
-    """Writes the file to a path in the staging folder and compares it with the model."""
     output, format = expand(options.output), format_of(options.output)
     num_threads = torch.get_num_threads()
     data, calibration = sources.get("data"), sources.get("calibration")
@@ -382,8 +363,6 @@ def _logits_of(model: Classifier, images: Tensor) -> np.ndarray:
 
 
 def compare(exact: np.ndarray, found: np.ndarray, images: str, decision: Decision) -> Parity:
-    """Compares the logits (N, K) of a model and of its file."""
-
     def answers(logits: np.ndarray) -> np.ndarray:
         if decision.labels == "single":
             return logits.argmax(axis=1)[:, None]
@@ -396,8 +375,6 @@ def compare(exact: np.ndarray, found: np.ndarray, images: str, decision: Decisio
 
 @torch.inference_mode()
 def _measure_speed(model: ImageClassifier, file: ExportedModel, images: Tensor) -> dict[str, Speed]:
-    """Times model and file, on the CPU in float32."""
-
     def seconds(run: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
         names, threads = {"run": run, "inputs": inputs}, torch.get_num_threads()
         timer = benchmark.Timer("run(inputs)", globals=names, num_threads=threads)
@@ -421,8 +398,7 @@ def _put_in_place(
 ) -> None:
     """Writes the report and renames all files.
 
-    Old files are removed first, starting with the one a runtime opens: a kill in between never
-    leaves a mix of old and new files, or a report on another file.
+    A kill never leaves a mix of old and new files: the old one that a runtime opens goes first.
     """
     values = {"export": asdict(report) | {"passed": report.passed}}
     text = json.dumps(measurement("export", model, values), indent=2) + "\n"
@@ -440,12 +416,10 @@ def _put_in_place(
 
 
 def command(model: str, options: ExportOptions) -> ExportReport:
-    """Exports with progress on standard error."""
     return export(model, options, log=Reporter(stderr=True).say)
 
 
 def show(report: ExportReport, options: ExportOptions) -> int:
-    """Prints the report; returns the exit code."""
     reporter = Reporter()
     failed = "failed   the file did not pass and was deleted"
     for line in (*report.lines(), f"written  {options.output}" if report.passed else failed):

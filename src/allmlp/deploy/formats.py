@@ -1,14 +1,7 @@
 """Export formats, one record each, and exported files as models.
 
 To add a format, add a record to `FORMATS` and its suffix to `weights.load.EXPORTED`. Every file
-carries its metadata as text entries:
-
-class_names     JSON list in the order of the logits, or null
-preprocessing   JSON object: image_size, resize, crop, mean, std, ... of `Preprocessing`
-decision        JSON object: labels, temperature, ... of `Decision`; absent if all are defaults
-input           description of the input's shape, type and range
-decoding        description of how image files are decoded before resizing
-allmlp          JSON object: format, version, precision, architecture, hash of the weights, ...
+carries its metadata as text entries, see docs/deploy.md.
 """
 
 from __future__ import annotations
@@ -61,8 +54,6 @@ DECODING = (
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """Metadata of an exported file."""
-
     config: ModelConfig
     class_names: list[str] | None
     preprocessing: Preprocessing
@@ -93,7 +84,6 @@ def info_of(
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
-    """Serializes the metadata to text entries."""
     (height, width), channels = info.preprocessing.image_size, info.preprocessing.channels
     values = "numbers" if info.preprocessing.kind == "arrays" else "pixels / 255"
     shape = f"float32 (N, {channels}, {height}, {width}), ({values} - mean) / std"
@@ -155,14 +145,9 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
 class ExportedModel:
     """An exported file, run by its runtime on the CPU: images in, logits out.
 
-    Args:
-        info: the file's metadata.
-        run: computes logits from graph inputs.
-        runtime: name and version, such as "onnxruntime 1.31.1".
-        source: the file.
-
     Attributes:
-        info, run, runtime: as given.
+        run: computes logits from graph inputs, both arrays.
+        runtime: name and version, such as "onnxruntime 1.31.1".
         config, class_names, decision, source: as in `ImageClassifier`.
         preprocessing: the part done outside the file.
     """
@@ -208,8 +193,6 @@ _ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """An export format."""
-
     name: str
     suffix: str  # of the file passed to the runtime; "" for a folder
     runtime: str  # package that runs it
@@ -232,7 +215,6 @@ def format_of(path: str | Path) -> Format:
 
 
 def is_exported(source: object) -> bool:
-    """Returns whether this is the name of an exported file, by its suffix."""
     return isinstance(source, str | Path) and Path(source).suffix.lower() in EXPORTED
 
 

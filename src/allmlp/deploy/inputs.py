@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import glob
 import http.client
-import itertools
 import operator
 import os
 import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,20 +65,19 @@ def _download(url: str) -> bytes:
 
 
 def find_images(inputs: Sequence[AnyImage], listed: Sequence[str] | None = None) -> Source:
-    """Returns the images given by the inputs, in order.
+    """Returns the images given by any number of inputs, in order, or by one data source.
 
-    Args:
-        inputs: any number of inputs of any kind, "-" at most once; or a single data source.
-        listed: the paths "-" stands for; None reads them from standard input.
+    `listed` are the paths that "-" stands for; None reads them from standard input.
     """
     if not inputs:
         raise UserError("no images given", fix="Give files, folders or patterns such as 'a/*.jpg'")
     if sum(isinstance(item, str) and item == STANDARD_INPUT for item in inputs) > 1:
         raise UserError("'-' is given more than once: standard input is read once", fix="Give one")
-    if len(inputs) == 1 and _are_rows(inputs[0]):
-        return unlabelled(ArrayRows(np.asarray(inputs[0]), "x"), "x")
-    if len(inputs) == 1 and _names_data(inputs[0]):
-        return open_source(str(inputs[0]), labels="any")
+    alone = inputs[0] if len(inputs) == 1 else None
+    if _are_rows(alone):
+        return unlabelled(ArrayRows(np.asarray(alone), "x"), "x")
+    if isinstance(alone, str | Path) and not is_url(alone) and is_data(str(alone)):
+        return open_source(str(alone), labels="any")
     passed_over: Counter[str] = Counter()
     encoded: dict[int, bytes] = {}
     paths = PackedStrings(_names(inputs, listed, passed_over, encoded))
@@ -136,10 +134,6 @@ def _are_rows(values: Any) -> bool:
     return isinstance(values, np.ndarray) and values.dtype != np.uint8
 
 
-def _names_data(item: AnyImage) -> bool:
-    return isinstance(item, str | Path) and not is_url(item) and is_data(str(item))
-
-
 def _names(
     inputs: Sequence[AnyImage],
     listed: Sequence[str] | None,
@@ -147,22 +141,22 @@ def _names(
     encoded: dict[int, bytes],
 ) -> Iterator[str]:
     """Yields the name of every image; adds those in memory to `encoded`."""
-    number = itertools.count()
+    count = 0
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
-            found: Any = [f"images[{position}]"]
+            encoded[count] = encoded_image(item, f"image {position}")
+            found: Iterable[str] = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
         elif is_url(item):
             found = [str(item)]
-        elif _names_data(item):
+        elif is_data(str(item)):
             what = f"{str(item)!r} is a data source, which must be the only input"
             raise UserError(what, fix="Give it to a command of its own")
         else:
             found = _files(str(item), passed_over)
-        for name, at in zip(found, number, strict=False):
-            if not isinstance(item, str | Path):
-                encoded[at] = encoded_image(item, f"image {position}")
+        for name in found:
+            count += 1
             yield name
 
 
@@ -187,10 +181,7 @@ def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
 
 
 def read_list() -> PackedStrings:
-    """Returns the paths on standard input, separated by newlines or zero bytes.
-
-    A missing file becomes a row with an error, like any other bad image.
-    """
+    """Returns the paths on standard input, separated by newlines or zero bytes."""
     stream = sys.stdin.buffer
     # Paths with newlines need zero bytes as separators.
     data = b"" if stream.isatty() else stream.read()

@@ -1,11 +1,9 @@
 """int8 quantization of the dense layers of a float32 ONNX graph.
 
-Static post-training quantization with ONNX Runtime's quantizer: activation ranges are measured on
-calibration images; activations are uint8 with a zero point, weights symmetric with a scale per
-output unit. Weights use 7 of 8 bits: without VNNI, x86 CPUs add two products in 16 bits, where
-2 x 255 x 127 would saturate. QuantizeLinear and DequantizeLinear surround ordinary matmuls (QDQ),
-which ONNX Runtime and OpenVINO both turn into int8 kernels. Convolutions, LayerNorm, GELU, sums and
-matmuls without a constant matrix stay in float32.
+Activations are uint8 with a zero point, weights symmetric with a scale per output unit, and use 7
+of 8 bits: without VNNI, x86 CPUs add two products in 16 bits, where 2 x 255 x 127 would saturate.
+QuantizeLinear and DequantizeLinear surround ordinary matmuls (QDQ), which ONNX Runtime and OpenVINO
+both turn into int8 kernels.
 
 A layer's sensitivity is the RMS change of the logits with only that layer in int8, relative to the
 RMS of the logits. The most sensitive layers are the first to be kept in float32.
@@ -34,10 +32,9 @@ _TYPES = ["MatMul", "Gemm"]
 
 
 class Int8:
-    """Quantizes a graph with activation ranges measured on batches of inputs.
+    """Quantizes a graph, with the one of `QUANTILES` that changes the logits least.
 
-    Uses the one of `QUANTILES` that changes the logits least. `ranked` lists the layers, most
-    sensitive first, and `sensitivity` is by node; both are empty until a layer is kept in float32.
+    `ranked` (layers, most sensitive first) is empty until a layer is kept in float32.
     """
 
     def __init__(
@@ -91,7 +88,6 @@ class Int8:
         return ranges
 
     def _quantized(self, float32: list[str], quantile: float) -> Any:
-        """Returns the int8 graph with these nodes in float32."""
         quantization = import_extra("onnxruntime.quantization", "export")
         kinds = quantization.QuantType
         bounds = {}

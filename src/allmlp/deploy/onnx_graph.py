@@ -1,8 +1,4 @@
-"""Export to an ONNX graph in memory, and transformations of such graphs.
-
-Graphs are ready to save: dynamic batch size, weights folded into the form they are multiplied in,
-and no information about the exporting machine.
-"""
+"""Export to an ONNX graph in memory, and transformations of such graphs."""
 
 from __future__ import annotations
 
@@ -29,10 +25,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class Uint8Input(nn.Module):
-    """A model that takes uint8 images (N, H, W, channels), as returned by decoders.
-
-    It normalizes them, and permutes the pixels if the model was trained that way.
-    """
+    """A model that normalizes, and permutes if it was trained so, uint8 (N, H, W, channels)."""
 
     order: Tensor | None
     mean: Tensor
@@ -48,7 +41,6 @@ class Uint8Input(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, num_classes) for uint8 images (N, H, W, channels)."""
         x = images.permute(0, 3, 1, 2)
         if self.order is not None:
             x = x.flatten(2).index_select(2, self.order).view(x.shape)
@@ -104,10 +96,7 @@ def with_metadata(model: Any, metadata: dict[str, str]) -> Any:
 
 
 def to_bfloat16(model: Any) -> Any:
-    """Returns a copy with matrices and kernels stored in bfloat16, half the size.
-
-    Each is followed by a cast to float32; the runtime chooses the compute precision.
-    """
+    """Returns a copy with matrices and kernels in bfloat16, each followed by a cast to float32."""
     onnx = import_extra("onnx", "export")
     model = copy.deepcopy(model)
     graph = model.graph

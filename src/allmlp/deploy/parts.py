@@ -4,9 +4,8 @@
     FOLDER/part-00000-of-00012.csv     the rows of images 0 to part_size - 1, and so on
     FOLDER/bad-00000-of-00012.csv      the bad images of that part, if any
 
-Parts are written atomically, so an existing part is complete. Repeating the command writes the
-missing ones; a different model, images or settings are an error. Batches never span two parts, so a
-part's bytes do not depend on which parts existed before or which process wrote it.
+An existing part is complete, since it is written atomically. Batches never span two parts, so its
+bytes do not depend on which parts existed before or which process wrote it.
 """
 
 from __future__ import annotations
@@ -59,8 +58,6 @@ _ANOTHER = "Give another output, or the model, images and settings that it was b
 
 @dataclass(frozen=True)
 class Output:
-    """The output to write."""
-
     path: Path | None  # file or folder; None is standard output
     suffix: str  # row format, with the dot
     is_folder: bool = False  # folder of parts
@@ -84,10 +81,7 @@ class Output:
 
 
 def choose_output(options: PredictOptions) -> Output | None:
-    """Returns the output for rows, None for none; creates nothing yet.
-
-    A name without an extension, with a trailing slash or of an existing folder is a folder.
-    """
+    """Returns the output for rows, None for none; creates nothing yet."""
     output, format = options.output, options.format
     if output is None:
         return None
@@ -128,10 +122,7 @@ def write_parts(
     world: World,
     on_rows: Callable[[Rows], object],
 ) -> None:
-    """Writes the missing parts across all processes; returns when all exist.
-
-    `on_rows` is called with every batch of this process.
-    """
+    """Writes the missing parts across all processes; returns when all exist."""
     mine = output.missing[world.rank :: world.size]
     # One loader for all parts keeps its workers busy between parts.
     fits = (output.part_size or 1) % predictor.batch_size == 0
@@ -139,11 +130,10 @@ def write_parts(
         for group in [mine] if fits and mine else [(part,) for part in mine]:
             indices = np.concatenate([np.array(output.images_of(part)) for part in group])
             images = subset(source, indices, source.name)
-            with closing(predict_rows(predictor, images, columns)) as batches:
+            with closing(predict_rows(predictor, images, columns, on_rows)) as batches:
                 for part in group:
                     number = math.ceil(len(output.images_of(part)) / predictor.batch_size)
-                    rows = itertools.islice(batches, number)
-                    rows = _with_bad_images(rows, output, part, on_rows)
+                    rows = _with_bad_images(itertools.islice(batches, number), output, part)
                     write_table(output.part(part), output.suffix, rows, columns)
     except UserError as error:
         if world.is_main:
@@ -156,16 +146,12 @@ def write_parts(
         remove_stale(output.path)
 
 
-def _with_bad_images(
-    batches: Iterable[Rows], output: Output, part: int, on_rows: Callable[[Rows], object]
-) -> Iterator[Rows]:
-    """Yields the batches of a part, then writes its bad images."""
+def _with_bad_images(batches: Iterable[Rows], output: Output, part: int) -> Iterator[Rows]:
     bad: list[tuple[object, ...]] = [("index", "path", "error")]
     index = output.images_of(part).start
     for rows in batches:
         bad += [(at, row.path, row.error) for at, row in enumerate(rows, index) if row.error]
         index += len(rows)
-        on_rows(rows)
         yield rows
     path = output.part(part, "bad")
     if len(bad) > 1:
@@ -175,7 +161,6 @@ def _with_bad_images(
 
 
 def read_bad(output: Output) -> tuple[int, list[BadImage]]:
-    """Returns the number of bad images in a complete folder, and the first of them."""
     bad: list[BadImage] = []
     number = 0
     for path in filter(Path.exists, (output.part(part, "bad") for part in range(output.parts))):
@@ -188,10 +173,7 @@ def read_bad(output: Output) -> tuple[int, list[BadImage]]:
 
 
 def _wait_for_all(output: Output, world: World) -> None:
-    """Polls for the parts of other processes.
-
-    A collective times out after half an hour, and the slowest process may need longer.
-    """
+    """Polls for the parts of other processes: a collective times out after half an hour."""
     wanted = {output.part(part).name for part in output.missing}
     while world.size > 1 and output.path is not None:
         dead = [rank for rank in world.dead_ranks() if rank != world.rank]
@@ -243,8 +225,7 @@ def begin_parts(
 def _job(predictor: Predictor, source: Source, columns: Columns) -> dict[str, Any]:
     """Returns everything the rows depend on as JSON values, and other facts under "about".
 
-    Batch size, workers and device are not included: they only change the last digits, and a job
-    that ran out of memory may resume with a smaller batch size.
+    Batch size, workers and device only change the last digits.
     """
     model = predictor.model
     names = "\n".join(model.class_names or []).encode(errors="surrogateescape")

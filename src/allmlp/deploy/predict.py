@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allmlp.console import Reporter, report_bad_images, report_notes, table
+from allmlp.console import Reporter, report_bad_images, report_notes
 from allmlp.data.source import BadImage, Source
 from allmlp.data.sources import notes_of, read_from
 from allmlp.deploy.formats import is_exported, load_any
@@ -79,11 +79,7 @@ def write_predictions(
 ) -> Output | None:
     """Writes a row for every image to the output, one batch in memory at a time.
 
-    Args:
-        model, images: as in `predict`.
-        world: processes that share the parts of a folder; None is this process alone.
-        on_start: called once everything is open, with the output and its missing parts, or None.
-        on_rows: called with the rows of every batch.
+    Several processes, `world`, share the parts of a folder.
     """
     world = world or World()
     output = choose_output(options)
@@ -107,8 +103,9 @@ def write_predictions(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    asked = ("top_k", "features", "unsure_below", "neighbors")
-    columns = choose_columns(net, **{name: getattr(options, name) for name in asked})
+    columns = choose_columns(
+        net, options.top_k, options.unsure_below, options.features, options.neighbors
+    )
     if output is not None and output.is_folder:
         begun = output
         output = world.broadcast_from_rank0(
@@ -117,16 +114,11 @@ def write_predictions(
         on_start(predictor, source, output, columns)
         write_parts(predictor, source, columns, output, world, on_rows)
         return output
-
-    def seen(rows: Rows) -> Rows:
-        on_rows(rows)
-        return rows
-
     on_start(predictor, source, output, columns)
-    with closing(predict_rows(predictor, source, columns)) as batches:
-        rows: Iterable[Rows] = map(seen, batches)
+    with closing(predict_rows(predictor, source, columns, on_rows)) as batches:
+        rows: Iterable[Rows] = batches
         if columns.neighbors:
-            rows = [[row for batch in rows for row in batch]]
+            rows = [[row for batch in batches for row in batch]]
             add_neighbors(rows[0], columns.neighbors)
         if output is not None:
             write_table(output.path, output.suffix, rows, columns)
@@ -161,62 +153,59 @@ class _Screen:
         self.stack = ExitStack()  # closes the bar
         self.images = self.num_bad = 0
         self.rows: list[Prediction] = []  # the first good ones, or all without an output
-        self.bad: list[BadImage] = []
-        self.precision = ""
+        self.bad: list[BadImage] = []  # the first ones
 
     def start(
         self, predictor: Predictor, source: Source, output: Output | None, columns: Columns
     ) -> None:
-        """Prints notes and starts the progress bar."""
-        self.columns, self.keeps_all, number = columns, output is None, len(source)
+        self.columns, number = columns, len(source)
+        notes = notes_of({"": source})
+        if not (self.options.features or predictor.model.class_names):
+            notes.append("the model has no class names: classes are called by their number, from 0")
         if self.world.is_main:
-            report_notes(notes_of({"": source}))
-            if not self.options.features and not predictor.model.class_names:
-                note = "the model has no class names: classes are called by their number, from 0"
-                report_notes([note])
+            report_notes(notes)
         if output is not None and output.is_folder:
             there = output.parts - len(output.missing)
             if there:
                 self.reporter.say(f"parts    {there:,} of {output.parts:,} are there already")
             mine = output.missing[self.world.rank :: self.world.size]
             number = sum(len(output.images_of(part)) for part in mine)
-        if isinstance(predictor.model, ImageClassifier):
-            self.precision = f", {predictor.precision} ({predictor.why})"
+        is_net = isinstance(predictor.model, ImageClassifier)
+        self.precision = f", {predictor.precision} ({predictor.why})" if is_net else ""
         self.bar = self.stack.enter_context(self.reporter.progress(number, "images"))
         self.started = time.monotonic()
 
     def take(self, rows: Rows) -> None:
-        """Counts the rows of a batch and advances the bar."""
-        for row in rows:
-            if row.error is not None:
-                self.num_bad += 1
-                if len(self.bad) < NAMED:
-                    self.bad.append(BadImage(self.images, row.path, row.error))
-            if self.keeps_all or (row.error is None and len(self.rows) < _SHOWN):
-                self.rows.append(row)
-            self.images += 1
+        bad = [
+            BadImage(at, row.path, row.error)
+            for at, row in enumerate(rows, self.images)
+            if row.error is not None
+        ]
+        self.images += len(rows)
+        self.num_bad += len(bad)
+        self.bad += bad[: NAMED - len(self.bad)]
+        good = [row for row in rows if row.error is None]
+        self.rows += rows if self.options.output is None else good[: _SHOWN - len(self.rows)]
         seconds = time.monotonic() - self.started
         self.bar.advance(len(rows), f"{self.images / max(seconds, 1e-9):,.0f} images/s")
 
     def end(self, output: Output | None) -> Done:
-        """Prints the first rows, output path, speed and bad images."""
-        seconds = time.monotonic() - self.started
+        seconds = max(time.monotonic() - self.started, 1e-9)
         computed = number = self.images
-        say, bad = self.reporter.say, self.num_bad
+        bad, parts = self.num_bad, ""
         if output is not None and output.is_folder:
             computed, number = sum(self.world.gather(computed)), output.images
             if not self.world.is_main:
                 return Done({})  # even with bad images: torchrun would kill the main process
             bad, self.bad = read_bad(output)  # includes existing parts
-            parts, images = plural(output.parts, "part"), plural(number, "image")
-            say(f"written  {output.path}: {parts}, {images}")
+            parts = f"{plural(output.parts, 'part')}, "
         elif output is None or output.path is not None:
             self._show_rows(output)
-            if output is not None:
-                say(f"written  {output.path}: {plural(number, 'image')}")
+        if output is not None and output.path is not None:
+            self.reporter.say(f"written  {output.path}: {parts}{plural(number, 'image')}")
         if computed:
-            speed = f"{computed / max(seconds, 1e-9):,.1f} images/s{self.precision}"
-            say(f"time     {seconds:,.1f} s: {speed}")
+            speed = f"{computed / seconds:,.1f} images/s{self.precision}"
+            self.reporter.say(f"time     {seconds:,.1f} s: {speed}")
         code = report_bad_images(self.bad, bad)
         values: dict[str, Any] = {"images": number, "bad": bad}
         if output is None:
@@ -231,12 +220,10 @@ class _Screen:
             return
         decision, rows = self.columns.decision, []
         for row in shown:
-            answer = [decision.text(row.answers)] if decision.has_answer else []
-            rows.append([row.path, *answer, *(f"{name} {p:.1%}" for name, p in row.classes)])
-        ranks = [f"{rank}." for rank in range(1, len(shown[0].classes) + 1)]
-        header = ["image", *["answer"] * decision.has_answer, *ranks]
-        for line in table(header, rows, left=len(header)):
-            self.reporter.say(line)
+            answer = {"answer": decision.text(row.answers)} if decision.has_answer else {}
+            ranked = {f"{rank}.": f"{c} {p:.1%}" for rank, (c, p) in enumerate(row.classes, 1)}
+            rows.append({"image": row.path, **answer, **ranked})
+        self.reporter.table(rows, left=len(rows[0]))
         more = self.images - self.num_bad - len(rows)
         if more:
             where = f"in {output.path}" if output else "with an output"

@@ -149,7 +149,6 @@ def _refused(repo: str, error: Exception) -> UserError:
 
 
 def show(result: Pushed, _: PushOptions) -> None:
-    """Prints what was uploaded, where, and how to load it."""
     print(f"pushed   {', '.join(result.files)}")
     print(f"page     {result.url}")
     print(f'load     allmlp.load_model("{result.source}")')

@@ -1,8 +1,4 @@
-"""Rows of predictions, computed in batches and streamed to a table.
-
-The columns of CSV and Parquet are path; answer, if it can differ from class_1; class_1,
-probability_1, class_2, ... or feature_0, feature_1, ... (Parquet: one list column, features) and
-neighbor_1, row_1, similarity_1, ...; and error.
+"""Rows of predictions, computed in batches and streamed to a table (columns: docs/predict.md).
 
 Shapes: N images per batch, K classes, C features.
 """
@@ -82,7 +78,6 @@ class Columns:
         return ["answer", *names] if self.decision.has_answer else names
 
     def cells(self, row: Prediction, *, as_list: bool = False) -> list[Any]:
-        """Returns the values of the named columns; [] for a bad image."""
         if row.features is not None:
             values = [row.features] if as_list else [str(value) for value in row.features]  # exact
             return values + [cell for neighbor in row.neighbors for cell in neighbor]
@@ -101,10 +96,9 @@ class Columns:
 
 def choose_columns(
     model: Classifier,
-    *,
     top_k: int | None = None,
-    features: bool = False,
     unsure_below: float | None = None,
+    features: bool = False,
     neighbors: int | None = None,
 ) -> Columns:
     """Returns a model's columns: top_k classes (5 by default, at most all) or features."""
@@ -137,10 +131,8 @@ def add_neighbors(rows: Rows, number: int) -> None:
 
 
 def row_values(predictor: Predictor, columns: Columns) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Returns a function from uint8 images (N, channels, H, W) to row values.
-
-    Sorted probabilities or features, float32 (N, width); classes, int64 (N, width or 0); which
-    classes are answers, bool (N, K or 0); and whether the outputs are finite, bool (N,).
+    """Returns a function from uint8 images (N, channels, H, W) to sorted probabilities or features
+    (N, width), classes (N, width or 0), which classes are answers (N, K or 0), and are_finite (N,).
     """
 
     def classes(images: Tensor) -> tuple[Tensor, ...]:
@@ -162,9 +154,12 @@ def row_values(predictor: Predictor, columns: Columns) -> Callable[[Tensor], tup
 
 
 def predict_rows(
-    predictor: Predictor, source: Source, columns: Columns
+    predictor: Predictor,
+    source: Source,
+    columns: Columns,
+    on_rows: Callable[[Rows], object] = lambda rows: None,
 ) -> Generator[Rows, None, None]:
-    """Yields a row for every image, in order, in batches."""
+    """Yields a row for every image, in order, in batches, with which `on_rows` is called first."""
     names = [] if columns.features else classes_of(predictor.model, or_numbers=True)
     for batch in predictor.run(source, row_values(predictor, columns)):
         found = {image.index: Prediction(image.name, error=image.what) for image in batch.bad}
@@ -182,7 +177,9 @@ def predict_rows(
                 if not columns.decision.has_answer:
                     answers = [classes[0][0]]
                 found[index] = Prediction(path, classes, answers=answers)
-        yield [found[index] for index in sorted(found)]
+        rows = [found[index] for index in sorted(found)]
+        on_rows(rows)
+        yield rows
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -1,10 +1,4 @@
-"""`mixer serve`: a local web page and an HTTP endpoint for one model.
-
-The service is independent of HTTP: it takes images as bytes and returns JSON values, with images as
-PNG data URLs. Classes are computed as in `mixer predict`, maps as in `mixer inspect --image`. There
-is no password, so the server listens on localhost unless another address is given. The web
-framework is an optional dependency, imported lazily.
-"""
+"""`mixer serve`: a local web page and an HTTP endpoint for one model; `Service` knows no HTTP."""
 
 from __future__ import annotations
 
@@ -93,7 +87,6 @@ class Service:
             self._no_map, self._covered = error.what, 0
 
     def about(self) -> dict[str, Any]:
-        """Returns the model, its available maps and the limits."""
         model, preprocessing = self.model, preprocessing_of(self.model)
         return {
             "name": self.name,
@@ -250,7 +243,6 @@ def serve(
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Returns a listening socket; clients queue until the server is ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
@@ -261,8 +253,6 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def command(model: str, options: ServeOptions) -> None:
-    """Serves a model; prints the URL and, on standard error, warnings."""
-
     def say(url: str, service: Service) -> None:
         if not service.model.class_names:
             report_notes(["the model has no class names: classes are called by their number"])

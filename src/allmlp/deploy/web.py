@@ -1,14 +1,6 @@
-"""The HTTP side of `mixer serve`: page, endpoints, limits and access control.
+"""The HTTP side of `mixer serve`: page, endpoints (docs/serve.md), limits and access control.
 
-    GET  /           the page, with its style and scripts; no external resources
-    GET  /health     {"status": "ok"}
-    GET  /model      the model and the limits
-    POST /predict    images -> a list of {"name", "classes", "error"}
-    POST /occlusion  one image -> which regions its class depends on
-    POST /units      one image -> what its token-mixing units read and write
-
-Errors are {"error": "..."} with a status code. The model computes one request at a time in a
-separate thread while a few others wait. Requests of disconnected clients are dropped.
+The model computes one request at a time in a separate thread while a few others wait.
 """
 
 from __future__ import annotations
@@ -57,8 +49,6 @@ Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
 class Service(Protocol):
-    """What is served; it has a method for every endpoint."""
-
     max_images: int
     image_bytes: int
     request_bytes: int
@@ -144,7 +134,6 @@ def make_app(service: Service, hosts: frozenset[str] | None, places: int = 8) ->
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """Returns any error as JSON, without a traceback."""
     if isinstance(error, HTTPException):
         return _json({"error": error.detail}, error.status_code, error.headers)
     if isinstance(error, UserError):

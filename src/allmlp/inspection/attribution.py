@@ -144,10 +144,8 @@ def occlusion(
     batch_size: int = 64,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> Occlusion:
-    """Returns the drop in predicted probability under a sliding window of grey patches.
-
-    Source: Zeiler and Fergus 2014. `on_batch` is called with the number of covered images.
-    """
+    """Returns the drop in predicted probability under a sliding grey window (Zeiler and Fergus
+    2014). `on_batch` is called with the number of covered images."""
     window, places = occlusion_places(model)
     rows, columns, (down, right) = _occlusion_grid(model)
     whole = _probabilities(model, image)[0]
@@ -186,11 +184,8 @@ def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
 
 
 def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64]]:
-    """Returns the window's side and all window positions (rows, columns, 2).
-
-    The side is a fifth of the shorter side of the grid, the step a third of that. The last row and
-    column move inwards where the step would leave patches uncovered.
-    """
+    """Returns the window's side, a fifth of the grid's shorter side, and all window positions
+    (rows, columns, 2), a third of that apart; the last ones move inwards to cover every patch."""
     rows, columns, _ = _occlusion_grid(model)
     window = max(1, round(min(rows, columns) / 5))
     ends = (rows - window, columns - window)

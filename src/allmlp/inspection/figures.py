@@ -1,8 +1,5 @@
-"""Figures 5, 6 and 7 of the paper, and what one image excites.
-
-Every weight is a square of whole pixels, in PNG and vector files alike, without interpolation. Blue
-is negative, white zero, red positive, with a separate scale per unit; in figure 7 grey is zero.
-"""
+"""Figures 5, 6 and 7 of the paper, and what one image excites: every weight is a square of whole
+pixels, in PNG and vector files alike."""
 
 from __future__ import annotations
 
@@ -202,7 +199,6 @@ def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figu
 
 
 def response_figure(pixels: Pixels, responses: Sequence[UnitResponse], title: str) -> Figure:
-    """Returns, next to the image, the weights of each unit and where it reads and writes."""
     layers: dict[int, list[UnitResponse]] = {}
     for response in sorted(responses, key=lambda response: response.layer):
         layers.setdefault(response.layer, []).append(response)
@@ -258,10 +254,8 @@ def _ratio(pixels: Pixels) -> float:
 
 
 def blend(pixels: Pixels, values: Floats, largest: float) -> NDArray[np.float64]:
-    """Returns a map of patches, from -largest to largest, as colours shaded by the image.
-
-    (H, W, 3) on [0, 1], from pixels (H, W, 1 or 3) and values (G_H, G_W).
-    """
+    """Returns a map of patches (G_H, G_W), from -largest to largest, as colours (H, W, 3) on [0, 1]
+    shaded by the image (H, W, 1 or 3)."""
     sides = zip(pixels.shape, values.shape, strict=False)
     down, right = (np.arange(side) * cells // side for side, cells in sides)
     spread = values[down][:, right]

@@ -1,7 +1,4 @@
-"""`mixer inspect`: measures and figures of a model's weights, and what one image excites.
-
-docs/inspection.md lists the files. Layers and units count from 1 in files and figures.
-"""
+"""`mixer inspect`: measures and figures of a model's weights, and what one image excites."""
 
 from __future__ import annotations
 
@@ -146,7 +143,6 @@ def _write(
 
 
 def show(found: Inspection, options: InspectOptions) -> None:
-    """Prints the measures of every layer, and what the image excites."""
     report = Reporter()
     report.say(f"model    {found.model.name}: {found.summary}")
     if found.compared is not None:

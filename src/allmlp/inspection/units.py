@@ -1,6 +1,4 @@
-"""Hidden units of a model's token-mixing MLPs and stem, and their measures.
-
-A unit is represented by its weights on a grid. All sums are in float64.
+"""Hidden units of a model's token-mixing MLPs and stem, as weights on a grid, and their measures.
 
 Shapes: U units, G_H G_W the grid (height, width), C channels, P_h P_w the patch.
 """
@@ -327,10 +325,8 @@ def _array(weight: torch.Tensor) -> Floats:
 
 
 def weight_correlations(first: ModelUnits, second: ModelUnits) -> dict[str, float]:
-    """Returns the correlation of all incoming weights of two models, by layer and "stem".
-
-    Only where both have the same shape. 1 for a model and itself; near 0 for unrelated ones.
-    """
+    """Returns the correlation of all incoming weights of two models, by layer and "stem", where
+    both have the same shape."""
     theirs, found = second.weights(), {}
     for label, one in first.weights().items():
         other = theirs.get(label)

@@ -82,7 +82,6 @@ def find_checkpoint(name: str) -> Checkpoint | None:
 
 
 def recommended(purpose: Literal["accuracy", "speed"]) -> Checkpoint:
-    """Returns the checkpoint to fine-tune first."""
     return next(found for found in CHECKPOINTS.values() if found.recommended_for == purpose)
 
 

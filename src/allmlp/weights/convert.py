@@ -30,7 +30,6 @@ class ConvertOptions(LoadOptions):
 
 
 def convert(model: str, output: str, options: ConvertOptions) -> Done:
-    """Loads a model, writes it and prints the result; never overwrites the input."""
     from allmlp.models.catalog import in_words  # imports torch, which --help does not need
     from allmlp.models.layers import flops_text
     from allmlp.weights.load import files_of, load_model

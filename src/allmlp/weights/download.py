@@ -1,9 +1,7 @@
 """Downloads: from the web into our cache, and "hf:owner/name[@revision]" into that of the hub.
 
-Ours have progress, are resumable, verified and never half written: a download goes to
-NAME.TAG.partial in the same folder and is renamed once its size and checksum match. TAG is the
-server's version of the file: an interrupted download is resumed only if it is unchanged. If no
-sha256 is published, that of the first download is recorded, so that later changes are detected.
+Ours go to NAME.TAG.partial and are renamed once size and checksum match. TAG is the server's
+version of the file: an interrupted download is resumed only if it is unchanged.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is known about a file before downloading it."""
-
     name: str  # of the checkpoint, for messages
     url: str
     mebibytes: float | None = None  # published size, to two decimals
@@ -64,7 +60,6 @@ def cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Returns whether HF_HUB_OFFLINE forbids network access."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
@@ -116,7 +111,6 @@ def _download(published: Published, path: Path, report: Reporter) -> None:
 
 
 def _receive(published: Published, path: Path, *, quiet: bool) -> Path:
-    """Downloads the rest of the file; returns the path of the partial file."""
     from huggingface_hub.file_download import http_get  # takes a third of a second
     from huggingface_hub.utils import tqdm
 

@@ -116,7 +116,6 @@ def load_model(
 
 
 def _names_in(path: Path) -> Any:
-    """Returns the class names in a file: a JSON list, or one per line."""
     try:
         text = path.read_text("utf-8-sig").strip()
         return parse_json(text) if text.startswith("[") else [x.strip() for x in text.splitlines()]

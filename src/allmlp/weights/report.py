@@ -18,7 +18,6 @@ from allmlp.weights.load import locate
 
 
 def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) -> list[str]:
-    """Describes a file in lines: contents, preprocessing, tensors, or why it is no model."""
     path, checkpoint = locate(source, Reporter(stderr=True))
     file = read_weights(path)
     size, of = path.stat().st_size, f" of {file.chosen}" if file.chosen else ""
@@ -66,7 +65,6 @@ def list_tensors(file: WeightsFile) -> list[str]:
 
 
 def checkpoint_table() -> list[str]:
-    """Returns a table of all published checkpoints, followed by details of each."""
     rows, details = [], []
     for checkpoint in CHECKPOINTS.values():
         size, values = checkpoint.mebibytes, checkpoint.preprocessing.value_range()

@@ -1,10 +1,6 @@
 """save_model: writes a model to disk.
 
-Our own format is a folder with
-    model.safetensors   the tensors; the header repeats config.json, so the file works on its own
-    config.json         architecture, class names, preprocessing, decision
-Google's .npz layout has no metadata, so it goes to <name>.json next to the file. All writes are
-atomic.
+The header of our model.safetensors repeats config.json, so the file works on its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""timm's published weights: "timm:NAME" and "timm:NAME.TAG" to one of our models.
-
-Files are downloaded and read like all others, so no code is run; timm then loads the tensors into
-its own model, whose classifier becomes our head.
-"""
+"""timm's published weights, read like all others; timm then loads them into its own model."""
 
 from __future__ import annotations
 
