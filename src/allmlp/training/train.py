@@ -46,12 +46,11 @@ from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.loggers import Logger, Loggers, tracker
 from allmlp.training.model import build_model, head_of
-from allmlp.training.optim import check_warmup, state_copies, update_average
+from allmlp.training.optim import balance_weights, check_warmup, state_copies, update_average
 from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
-    balance_weights,
     finish,
     measure,
     predictor_of,
