@@ -106,7 +106,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         images, unused = ArrayRows(values, name), []
         shapes[images.shape] = split
         for column, cells in [*columns.items()]:
-            if not callable(cells) and np.shape(cells)[:1] != (len(values),):
+            if not isinstance(cells, partial) and np.shape(cells)[:1] != (len(values),):
                 if column in _Y or column in spec.options.values():
                     what = f"{plural(len(values), 'row')}, and {column} of shape {np.shape(cells)}"
                     raise UserError(what, where=name, fix="Give every row one", code="lengths")
@@ -119,7 +119,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         note += f"; not used, as not of one value per row: {', '.join(unused)}" if unused else ""
         yield Rows(
             images,
-            {n: c if callable(c) else partial(_raw_labels, c, name) for n, c in columns.items()},
+            {column: partial(_raw_labels, cells, name) for column, cells in columns.items()},
             None if split == "train" and len(parts) == 1 else split,
             likely,
             is_labelled=asked or bool(likely),
@@ -207,7 +207,7 @@ def _lists(schema: Any) -> list[str]:
 
 def _raw_labels(cells: Any, name: str) -> RawLabels:
     if not isinstance(cells, np.ndarray):
-        return numbered(cells)
+        return cells() if isinstance(cells, partial) else numbered(cells)
     values = cells.astype(str) if cells.dtype.kind == "S" else cells
     if values[0].size == 1:
         return numbered(values.reshape(-1).tolist())

@@ -149,9 +149,8 @@ class ParquetImages:
         return data
 
     def values_of(self, column: str) -> list[Any] | None:
-        table = read_column(
-            self.file, f"{self.column}.path" if column == "path" else column
-        ).flatten()
+        name = f"{self.column}.path" if column == "path" else column
+        table = read_column(self.file, name).flatten()
         return table.column(0).to_pylist() if table.num_columns else None
 
 
