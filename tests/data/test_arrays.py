@@ -162,3 +162,6 @@ def test_lists_of_several_lengths(tmp_path: Path):
     pq.write_table(table, tmp_path / "a.parquet")
     with user_error("lengths", "a.parquet[2]"):
         open_source(str(tmp_path / "a.parquet"))
+    table = pa.table({"x": [[1.0, 2.0], [3.0, 4.0]], "label": [["a", "b"], ["a"]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert open_source(str(tmp_path / "a.parquet")).labels.tolist() == [[True, True], [True, False]]

@@ -39,6 +39,8 @@ NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 HOSTS = frozenset({"127.0.0.1", "localhost"})
 PNG = encode(draw(3))
 IMAGE = {"content-type": "image/png"}
+FORM = {"content-type": "multipart/form-data"}
+BOUNDED = {"content-type": "multipart/form-data; boundary=x"}
 # A request as a server hands it over, without a client behind it.
 SCOPE = {"type": "http", "method": "POST", "path": "/occlusion", "query_string": b""}
 SCOPE |= {"root_path": "", "http_version": "1.1", "scheme": "http"}
@@ -216,18 +218,8 @@ def test_what_is_served_and_nothing_from_elsewhere(client):
         ("/predict", {"files": form(bytes(30_000), bytes(30_000))}, 413, "50,000 bytes"),
         ("/predict", {"content": bytes(20_001), "headers": IMAGE}, 413, "20,000 bytes"),
         ("/predict", {"content": iter([bytes(999)] * 30), "headers": IMAGE}, 413, "20,000 bytes"),
-        (
-            "/predict",
-            {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
-            400,
-            "boundary",
-        ),
-        (
-            "/predict",
-            {"content": PNG, "headers": {"content-type": "multipart/form-data; boundary=x"}},
-            400,
-            "multipart",
-        ),
+        ("/predict", {"content": b"x", "headers": FORM}, 400, "boundary"),
+        ("/predict", {"content": PNG, "headers": BOUNDED}, 400, "multipart"),
         ("/predict?topk=3", {"files": form(PNG)}, 400, "'topk'"),
         ("/predict?top_k=0", {"files": form(PNG)}, 400, "'0'"),
         ("/occlusion?layer=1", {"files": form(PNG)}, 400, "'layer'"),

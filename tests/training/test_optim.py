@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from allmlp.errors import UserError
 from allmlp.training.config import SGD, AdamW, Linear, Muon, Optimizer, Sigmoid, Softmax
 from allmlp.training.optim import (
     Float32Muon,
+    balance_weights,
     build_optimizers,
     check_warmup,
-    class_weights,
     clip,
     learning_rate,
     loss_function,
@@ -58,7 +59,8 @@ def test_the_gradient_and_parts_of_a_batch(loss: Softmax | Sigmoid):
 def test_class_weights(loss: Softmax | Sigmoid):
     """A mixed target counts as its parts, each with its class's weight, also in micro-batches."""
     labels = np.array([0] * 19 + [1] * 5 + [3])  # no image of class 2
-    weights = class_weights(np.bincount(labels, minlength=4))
+    counts = np.bincount(labels, minlength=4)
+    weights = balance_weights(SimpleNamespace(class_counts=lambda: counts, is_multi_label=False))
     assert weights[[0, 1, 3]] == pytest.approx(
         compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     )

@@ -11,7 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def _names(
     for position, item in enumerate(inputs):
         if not isinstance(item, str | Path):
             encoded[count] = encoded_image(item, f"image {position}")
-            found: Iterable[str] = [f"images[{position}]"]
+            found: Any = [f"images[{position}]"]
         elif str(item) == STANDARD_INPUT:
             found = read_list() if listed is None else listed
         elif is_url(item):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -48,14 +48,6 @@ File = tuple[str, bytes]  # name, encoded image
 Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
-class Service(Protocol):
-    max_images: int
-    image_bytes: int
-    request_bytes: int
-
-    def about(self) -> dict[str, Any]: ...
-
-
 class _GivenUp(Exception):
     """The client has disconnected."""
 
@@ -81,9 +73,9 @@ class Connection(H11Protocol):
         self.loop.call_later(_SECONDS_FOR_HEAD, close)
 
 
-def make_app(service: Service, hosts: frozenset[str] | None, places: int = 8) -> ASGIApp:
-    """Returns the application, for requests to one of the hosts (None: any). At most `places`
-    requests that were received wait or are computed."""
+def make_app(service: Any, hosts: frozenset[str] | None, places: int = 8) -> ASGIApp:
+    """Returns the application of a `serve.Service`, for requests to one of the hosts (None: any).
+    At most `places` requests that were received wait or are computed."""
     thread, taken = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve"), set[Request]()
 
     def check_places() -> None:
@@ -223,7 +215,7 @@ async def _compute(
         gone.cancel()
 
 
-async def _read(request: Request, service: Service, most: int) -> tuple[list[File], bool]:
+async def _read(request: Request, service: Any, most: int) -> tuple[list[File], bool]:
     """Reads a request's images within the limits; also returns whether they came in a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = kind == "multipart/form-data"

@@ -24,7 +24,7 @@ from allmlp.inspection.attribution import (
     unit_responses,
 )
 from allmlp.inspection.figures import occlusion_figure, response_figure, weight_figures
-from allmlp.inspection.units import OPPOSITE, ModelUnits, model_units, weight_correlations
+from allmlp.inspection.units import ModelUnits, model_units, weight_correlations
 from allmlp.io import Content, atomic_write_all, check_not_inputs, check_output_folder, expand
 from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
@@ -160,27 +160,22 @@ def show(found: Inspection, options: InspectOptions) -> None:
 
 
 def _measures(found: Inspection) -> Iterator[str]:
-    """Yields a table per model with a line per layer, and an explanation of the columns."""
-
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else f"{value:{form}}"
-
-    for model in (found.model, found.compared):
+    """Yields a table per model with a line per layer."""
+    for model in filter(None, (found.model, found.compared)):
         rows = []
-        for layer, measures in model.measures.items() if model else ():
+        for layer, measures in model.measures.items():
             values = measures.to_json()
-            row = {"layer": layer, "units": f"{values['units']:,}"}
-            row["frequency"] = shown(values["frequency"]["mean"], ".3f")
-            row["opposites"] = shown(values["opposite_share"], ".1%")
-            row["best opposite"] = shown(values["partner_correlation"]["quantiles"]["0.5"], ".2f")
-            rows.append({**row, "locality": shown(values["locality"]["mean"], ".2%")})
-        if model and rows:
+            numbers = {
+                "frequency": (values["frequency"]["mean"], ".3f"),
+                "opposites": (values["opposite_share"], ".1%"),
+                "best opposite": (values["partner_correlation"]["quantiles"]["0.5"], ".2f"),
+                "locality": (values["locality"]["mean"], ".2%"),
+            }
+            shown = {k: "-" if v is None else f"{v:{form}}" for k, (v, form) in numbers.items()}
+            rows.append({"layer": layer, "units": f"{values['units']:,}", **shown})
+        if rows:
             yield f"\n{model.name}"
             yield from table_of(rows)
-    yield "Means over the units, best opposite: median."
-    yield "Frequency: spectral centroid in cycles per patch (stem: per pixel)."
-    yield f"Opposites: fraction of units with a correlation below {OPPOSITE} to another."
-    yield "Locality: fraction of the energy in the best window of half the height and width."
     if found.compared is not None:
         alike = weight_correlations(found.model, found.compared)
         words = ", ".join(f"{label} {value:.2f}" for label, value in alike.items())

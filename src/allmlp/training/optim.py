@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from allmlp.data.source import Source
 from allmlp.errors import UserError
 from allmlp.models.layers import is_hidden_kernel
 from allmlp.runtime.world import full_tensor
@@ -47,17 +48,15 @@ def loss_function(
     return F.cross_entropy(logits, targets, label_smoothing=loss.label_smoothing)
 
 
-def class_weights(counts: np.ndarray) -> np.ndarray:
-    """Returns images / (classes with images * images of the class), scikit-learn's "balanced", as
-    float64 (classes,); 0 for a class without images."""
+def balance_weights(train: Source) -> np.ndarray:
+    """Returns the weight of each class, float64 (classes,): images / (classes with images * images
+    of the class), scikit-learn's "balanced"; or, of multi-label images, that of a label where it is
+    present: images without it / images with it, of which there is at least one each."""
+    counts = train.class_counts()
+    if train.is_multi_label:
+        return np.maximum(len(train) - counts, 1) / np.maximum(counts, 1)
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0)
-
-
-def positive_weights(counts: np.ndarray, num_images: int) -> np.ndarray:
-    """Returns images without a label / images with it, float64 (classes,), for several labels per
-    image: both sides of a label then count the same. At least one image is assumed on each side."""
-    return np.maximum(num_images - counts, 1) / np.maximum(counts, 1)
 
 
 # The learning rate is a pure function of the step, 0 at step 0 with warm-up. Source:

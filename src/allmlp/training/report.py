@@ -31,7 +31,7 @@ from allmlp.training.card import Outcome, described, model_card, public_name
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import check_number_bad
 from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
-from allmlp.training.optim import class_weights, positive_weights
+from allmlp.training.optim import balance_weights
 from allmlp.training.recipes import RECIPES, recipe
 from allmlp.training.run_folder import identity, read_results
 from allmlp.training.state import Run
@@ -104,12 +104,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     lines.append(("run", f"recipe {config.recipe}, seed {config.seed}: {how}"))
     lines += _balance(run)
     return lines if fit is None else [*lines, ("fit", fit)]
-
-
-def balance_weights(train: Source) -> np.ndarray:
-    """Returns the weight of each class, or where a label is present, with balance=weights."""
-    counts = train.class_counts()
-    return positive_weights(counts, len(train)) if train.is_multi_label else class_weights(counts)
 
 
 def _balance(run: Run) -> Iterable[tuple[str, str]]:

@@ -102,19 +102,6 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in flat(config.to_json()).items() if key not in _FREE}
 
 
-def check_same(old: TrainConfig, new: TrainConfig) -> None:
-    before, after = identity(old), identity(new)
-    keys = sorted((before.keys() | after.keys()) - {"data.source"})
-    changed = [key for key in keys if before.get(key) != after.get(key)]
-    if changed:
-        lines = [f"{k} is {before.get(k)!r} there and {after.get(k)!r} here" for k in changed[:6]]
-        what = f"the run folder holds a run with other settings: {'; '.join(lines)}"
-        fix = f"Choose another output folder, or resume that run: mixer train --resume {old.output}"
-        if {"epochs", "steps"} & {*changed}:
-            fix += f". To train its weights for longer: mixer finetune {old.output} --data SOURCE"
-        raise UserError(what, where=old.output, fix=fix, code="other-run")
-
-
 def environment_of(run: Path) -> dict[str, Any]:
     """Returns a run's environment.json; empty if an older version, or damage, left none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -127,16 +114,28 @@ def first_weights(run: Path) -> str | None:
     return environment_of(run).get("weights")
 
 
-def check_same_images(path: Path, config: TrainConfig, splits: Splits) -> None:
-    """Raises UserError if the images are not those of the run; they may have been moved."""
-    old, new, known = config_of(path).data.source, config.data.source, environment_of(path)["data"]
+def check_same(path: Path, config: TrainConfig, splits: Splits) -> None:
+    """Raises UserError if settings that change a run's result, or the images, are not those of the
+    run in the folder; the images may have been moved."""
+    old = config_of(path)
+    before, after = identity(old), identity(config)
+    keys = sorted((before.keys() | after.keys()) - {"data.source"})
+    changed = [key for key in keys if before.get(key) != after.get(key)]
+    if changed:
+        lines = [f"{k} is {before.get(k)!r} there and {after.get(k)!r} here" for k in changed[:6]]
+        what = f"the run folder holds a run with other settings: {'; '.join(lines)}"
+        fix = f"Choose another output folder, or resume that run: mixer train --resume {path}"
+        if {"epochs", "steps"} & {*changed}:
+            fix += f". To train its weights for longer: mixer finetune {path} --data SOURCE"
+        raise UserError(what, where=path, fix=fix, code="other-run")
+    there, here, known = old.data.source, config.data.source, environment_of(path)["data"]
     prints = {"train": known.get("fingerprint"), "validation": known.get("validation")}
-    prints |= {"test": known.get("test")} if old != new else {}
-    is_same = old == new or prints["train"] is not None  # else compared with the checkpoints' later
+    prints |= {"test": known.get("test")} if there != here else {}
+    is_same = there == here or prints["train"] is not None  # else compared with the checkpoints'
     for name, found in prints.items():
         is_same &= found is None or splits.has_fingerprint(found, name)
     if not is_same:
-        raise other_images(path, "" if old == new else f": {old!r} there, {new!r} here")
+        raise other_images(path, "" if there == here else f": {there!r} there, {here!r} here")
 
 
 def other_images(path: Path, moved: str = "") -> UserError:

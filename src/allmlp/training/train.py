@@ -40,31 +40,21 @@ from allmlp.runtime.device import (
     torch_settings,
 )
 from allmlp.runtime.world import World, join_world
+from allmlp.training import run_folder
 from allmlp.training.card import Outcome, model_card
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Augmentation, Splits, check_number_bad, open_training_data
 from allmlp.training.loggers import Logger, Loggers, tracker
 from allmlp.training.model import build_model, head_of
-from allmlp.training.optim import check_warmup, state_copies, update_average
+from allmlp.training.optim import balance_weights, check_warmup, state_copies, update_average
 from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
-    balance_weights,
     finish,
     measure,
     predictor_of,
     resume_command,
-)
-from allmlp.training.run_folder import (
-    RunFolder,
-    best_of,
-    can_resume,
-    check_same,
-    check_same_images,
-    config_of,
-    environment,
-    planned_path,
 )
 from allmlp.training.signals import NoBatchCame, StopRequest, end, ending_at_once
 from allmlp.training.state import Run
@@ -94,7 +84,7 @@ def resume(
     Raises:
         UserError: not a run folder, or as in `train`.
     """
-    return train(config_of(run), quiet=quiet, callbacks=callbacks)
+    return train(run_folder.config_of(run), quiet=quiet, callbacks=callbacks)
 
 
 @named_memory_errors()
@@ -140,7 +130,7 @@ def train(
         stack.enter_context(torch.random.fork_rng(gpus, device_type=device.type))
         torch.manual_seed(config.seed)
         is_quiet = quiet or not world.is_main
-        best = world.broadcast_from_rank0(lambda: best_of(path)) if is_old else None
+        best = world.broadcast_from_rank0(lambda: run_folder.best_of(path)) if is_old else None
         names = splits.train.class_names
         model = build_model(config, names, best, rows=splits.train, quiet=is_quiet).to(device)
         check_input(splits.train, preprocessing_of(model))
@@ -160,13 +150,15 @@ def train(
             *(device, compute.precision, config.num_threads), step_operations=operations
         )
         stack.enter_context(threads)
-        details = world.broadcast_from_rank0(lambda: environment(config, splits, device, best))
+        details = world.broadcast_from_rank0(
+            lambda: run_folder.environment(config, splits, device, best)
+        )
 
         # Files are written from here on, but not in a dry run.
         report = Reporter(quiet=is_quiet)
         writes = world.is_main and not dry_run
         named = replace(config, output=str(path)) if dry_run else config
-        folder = RunFolder(path, named, writes=writes)
+        folder = run_folder.RunFolder(path, named, writes=writes)
         stack.callback(folder.close)
         if writes:
             report.log_to(folder.path / "log.txt")
@@ -205,8 +197,8 @@ def _open(
     between("data.num_workers", config.data.num_workers, 0, most_workers())
     for name in config.trackers:
         tracker(name)  # is it installed?
-    path = world.broadcast_from_rank0(lambda: planned_path(config))
-    is_old = world.broadcast_from_rank0(lambda: can_resume(path))
+    path = world.broadcast_from_rank0(lambda: run_folder.planned_path(config))
+    is_old = world.broadcast_from_rank0(lambda: run_folder.can_resume(path))
     try:
         splits = open_training_data(config.data, splits, world)
     except UserError as error:
@@ -224,8 +216,7 @@ def _open(
         nothing = np.zeros((1, len(names)), np.float32)
         metric_of(config.best_by, Evaluation("", names, labels, np.arange(1), nothing))
     if is_old:
-        world.broadcast_from_rank0(lambda: check_same(config_of(path), config))
-        world.broadcast_from_rank0(lambda: check_same_images(path, config, splits))
+        world.broadcast_from_rank0(lambda: run_folder.check_same(path, config, splits))
     elif world.is_main:
         check_output_folder(path)
         check_not_inputs([path], read_from(config.data.source))

@@ -28,14 +28,15 @@ from allmlp.data.source_spec import (
     split_of_file,
 )
 from allmlp.data.sources.columns import LABEL_COLUMNS, Kind, Rows, choose_column
-from allmlp.data.sources.parquet import class_names_of, open_file, parquet_files
+from allmlp.data.sources.parquet import labels_in, open_file, parquet_files, read_column
 from allmlp.errors import UserError, plural
 
 SUFFIXES = (".npy", ".npz")
 _X = ("x", "data", "values", "series", "inputs")  # names of the array itself
 _Y = ("y", *LABEL_COLUMNS, "targets", "classes")
 _PAD = "Cut or pad all rows to one length"
-Part = tuple[str, str, np.ndarray, dict[str, Any]]  # split, name, rows, other columns
+# Split, name, rows, other columns as values or as what reads them
+Part = tuple[str, str, np.ndarray, dict[str, Any]]
 
 
 class ArrayRows:
@@ -105,7 +106,7 @@ def open_arrays(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         images, unused = ArrayRows(values, name), []
         shapes[images.shape] = split
         for column, cells in [*columns.items()]:
-            if np.shape(cells)[:1] != (len(values),):
+            if not isinstance(cells, partial) and np.shape(cells)[:1] != (len(values),):
                 if column in _Y or column in spec.options.values():
                     what = f"{plural(len(values), 'row')}, and {column} of shape {np.shape(cells)}"
                     raise UserError(what, where=name, fix="Give every row one", code="lengths")
@@ -185,21 +186,16 @@ def _beside(path: Path) -> dict[str, Any]:
 
 def _of_parquet(spec: SourceSpec) -> Iterator[Part]:
     for split, files in by_split(parquet_files(spec)).items():
-        tables = [open_file(file).read(use_threads=False) for file in files]
-        schema, name = tables[0].schema, files[0] if len(files) == 1 else spec.base
-        columns = {n: [c for t in tables for c in t[n].to_pylist()] for n in schema.names}
-        for column, cells in columns.items():
-            if names := class_names_of(schema, column):
-                known = range(len(names))  # -1 has no label
-                named = [names[cell] if cell in known else None for cell in cells]
-                columns[column] = named if any(named) else cells
+        schema, name = open_file(files[0]).schema_arrow, files[0] if len(files) == 1 else spec.base
         column = choose_column("image", spec, schema.names, _lists(schema), name)
-        rows = [np.array(row) for row in columns.pop(column)]
+        tables = (read_column(file, column) for file in files)
+        rows = [np.array(row) for table in tables for row in table.column(0).to_pylist()]
         wrong = [at for at, row in enumerate(rows) if row.shape != rows[0].shape]
         if wrong:
             what = f"shape {rows[wrong[0]].shape}, and {rows[0].shape} in row 0"
             raise UserError(what, where=f"{name}[{wrong[0]}]", fix=_PAD, code="lengths")
-        yield split, name, np.array(rows), columns
+        others = [other for other in schema.names if other != column]
+        yield split, name, np.array(rows), {o: partial(labels_in, files, o) for o in others}
 
 
 def _lists(schema: Any) -> list[str]:
@@ -211,7 +207,7 @@ def _lists(schema: Any) -> list[str]:
 
 def _raw_labels(cells: Any, name: str) -> RawLabels:
     if not isinstance(cells, np.ndarray):
-        return numbered(cells)
+        return cells() if isinstance(cells, partial) else numbered(cells)
     values = cells.astype(str) if cells.dtype.kind == "S" else cells
     if values[0].size == 1:
         return numbered(values.reshape(-1).tolist())

@@ -46,7 +46,7 @@ def open_parquet(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
     splits = by_split(parquet_files(spec))
     for split, files in splits.items():
         own = None if list(splits) == ["train"] else split
-        schema, cells = open_file(files[0]).schema_arrow, functools.partial(_cells, files)
+        schema, cells = open_file(files[0]).schema_arrow, functools.partial(labels_in, files)
         column = image_column(spec, schema, files[0])
         _check_same(files, column)
         _row_group.cache_clear()  # a file of the same name may have replaced an earlier one
@@ -149,7 +149,8 @@ class ParquetImages:
         return data
 
     def values_of(self, column: str) -> list[Any] | None:
-        table = _read(self.file, f"{self.column}.path" if column == "path" else column).flatten()
+        name = f"{self.column}.path" if column == "path" else column
+        table = read_column(self.file, name).flatten()
         return table.column(0).to_pylist() if table.num_columns else None
 
 
@@ -171,16 +172,16 @@ def _row_group(file: str, column: str, group: int, first: int) -> list[bytes]:
     return [data or b"" for data in table.flatten().column(0).to_pylist()]
 
 
-def _read(file: str, column: str) -> Any:
+def read_column(file: str, column: str) -> Any:
     with _damage_reported(file):
         return open_file(file).read(columns=[column], use_threads=False)
 
 
-def _cells(files: list[str], column: str) -> RawLabels:
+def labels_in(files: list[str], column: str) -> RawLabels:
     import pyarrow as pa
 
     class_names = _check_same(files, column)
-    chunks = [chunk for file in files for chunk in _read(file, column).column(0).chunks]
+    chunks = [chunk for file in files for chunk in read_column(file, column).column(0).chunks]
     return arrow_cells(pa.chunked_array(chunks), class_names, column, files[0])
 
 
