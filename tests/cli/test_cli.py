@@ -119,7 +119,7 @@ FINETUNE = "finetune RUN --data ANIMALS"
     [
         ("train nothing", "unknown recipe 'nothing'"),
         ("train --data nowhere", "no such data: 'nowhere'"),
-        ("train --data digits:tset", "unknown split 'tset'"),
+        ("train --data digits:tset", "no such data: 'digits:tset'"),
         ("train --model mixer_b61", "unknown model 'mixer_b61'"),
         ("train --set optimizer.lr=1", "unknown setting 'optimizer.lr'"),
         ("train scratch", "the recipe needs data"),

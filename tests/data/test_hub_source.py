@@ -80,13 +80,7 @@ def test_columns_are_chosen(on_hub: Hub):
         open_source("hf:a/b#label=fine_label,image=id")
 
 
-def test_labels_that_are_none(on_hub: Hub):
-    names = ["x", "y"]
-    on_hub({"train": dataset([0, 1], names), "test": dataset([-1, -1], names)})
-    assert list(open_splits("hf:a/b")) == ["train"]
-    on_hub({"train": dataset(["a", None])})
-    with pytest.raises(UserError, match=r"hf:a/b:train\[1\]"):
-        open_splits("hf:a/b")
+def test_without_labels(on_hub: Hub):
     on_hub({"train": dataset(["x"] * 4, label="text")})
     source = open_source("hf:a/b", labels="any")
     assert (source.read(3), source.class_names) == (IMAGES[3], ["unknown"])

@@ -96,7 +96,7 @@ def _index(path: str, size: int, changed: int) -> _Index:
     files: dict[str, _Place] = {}
     folders: dict[str, dict[str, bool]] = {"": {}}
     try:
-        members = _zipped(path) if path.lower().endswith(".zip") else _tarred(path)
+        members = [*(_zipped if path.lower().endswith(".zip") else _tarred)(path)]
     except (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError) as error:
         what = f"not a complete archive: {str(error)[:100] or type(error).__name__}"
         raise UserError(what, where=path, fix="Fetch or write it again") from error
@@ -111,11 +111,9 @@ def _index(path: str, size: int, changed: int) -> _Index:
     return files, folders
 
 
-def _tarred(path: str) -> list[tuple[str, _Place]]:
-    return [
-        (member.name, _Place(member.offset_data, member.size, member.size))
-        for member in tar_members(path)
-    ]
+def _tarred(path: str) -> Iterator[tuple[str, _Place]]:
+    for member in tar_members(path):
+        yield member.name, _Place(member.offset_data, member.size, member.size)
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -132,8 +130,7 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"neither an end nor a member at byte {tar.offset}")
 
 
-def _zipped(path: str) -> list[tuple[str, _Place]]:
-    found: list[tuple[str, _Place]] = []
+def _zipped(path: str) -> Iterator[tuple[str, _Place]]:
     with zipfile.ZipFile(path) as file:
         for member in file.infolist():
             if member.is_dir() or stat.S_ISLNK(member.external_attr >> 16):
@@ -148,5 +145,4 @@ def _zipped(path: str) -> list[tuple[str, _Place]]:
                 with contextlib.suppress(ValueError):
                     name = name.encode("cp437").decode()
             size = member.compress_size, member.file_size
-            found.append((name, _Place(member.header_offset, *size, method, member.CRC)))
-    return found
+            yield name, _Place(member.header_offset, *size, method, member.CRC)

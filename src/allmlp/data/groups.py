@@ -61,7 +61,7 @@ def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.nda
 
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
     """Returns the fold of every image, int64 (n,), and how they were chosen, as text."""
-    texts, own, text = values_of(source, GROUP), values_of(source, FOLD), "classes spread evenly"
+    texts, own = values_of(source, GROUP), values_of(source, FOLD)
     names, groups = ([], np.arange(len(source))) if texts is None else _numbered(texts)
     if own is not None:
         if "" in own:
@@ -77,13 +77,12 @@ def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, 
             what = f"the data's own folds divide groups, such as {names[divided[0]]!r}"
             raise UserError(what, where=source.name, fix="Leave out group=, or the folds")
         return folds, f"the data's own folds {', '.join(values)}"
-    if texts is not None:
-        if len(names) < number:
-            what = f"{plural(len(names), 'group')} cannot be dealt into {number} folds"
-            raise UserError(what, where=source.name, fix="Fewer folds")
-        text = f"{plural(len(names), 'group')} stay whole, classes spread as evenly as they allow"
-    else:
-        return stratified_folds(source.labels, number, seed), text
+    if texts is None:
+        return stratified_folds(source.labels, number, seed), "classes spread evenly"
+    if len(names) < number:
+        what = f"{plural(len(names), 'group')} cannot be dealt into {number} folds"
+        raise UserError(what, where=source.name, fix="Fewer folds")
+    text = f"{plural(len(names), 'group')} stay whole, classes spread as evenly as they allow"
     return deal(source.labels, groups, (1 / number,) * number, seed), text
 
 

@@ -128,16 +128,10 @@ def _rows(spec: SourceSpec, labels: bool) -> Iterable[Rows]:
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
     kind, path = kind_of(spec), spec.path.absolute()
     if kind is None:
-        fix, what = f"Give {_KNOWN}", f"no such data: {spec.base!r}"
-        if path.exists():
-            what = f"not a folder, and not a file of a known kind: {spec.base!r}"
-        elif (parts := spec.base.rpartition(":"))[0] and kind_of(parse_name(parts[0])) is not None:
-            what, fix = f"unknown split {parts[2]!r}", f"Known: {', '.join(SPLITS)}"
-        elif glob.has_magic(spec.base):
-            fix = f"A pattern is for .parquet files. {fix}"
-        elif path.parent.is_dir():
-            fix = near_names(path.name, (entry.name for entry in path.parent.iterdir())) + fix
-        raise UserError(what, where=path, fix=fix)
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        what = "not data of a known kind" if path.exists() else "no such data"
+        fix = f"{near_names(path.name, beside)}Give {_KNOWN}; splits are {', '.join(SPLITS)}"
+        raise UserError(f"{what}: {spec.base!r}", where=path, fix=fix)
     for key in spec.options:
         if key not in kind.options:
             what = f"the option {key!r} has no meaning for {kind.name}"

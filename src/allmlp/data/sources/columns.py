@@ -77,12 +77,12 @@ def divide(
         if GROUP in spec.options and values_of(rows.images, GROUP) is None:
             roles[GROUP] = choose_column(GROUP, spec, [*rows.columns], (), rows.file)
     used = {role: column for role, column in roles.items() if column is not None}
-    splits, notes = [rows.split or "train"] * len(rows.images), []
+    splits, notes = np.full(len(rows.images), rows.split or "train"), []
     if "split" in used and rows.split is not None:
         notes.append(f"the column {used['split']!r} is not used: the names of the splits say it")
     elif "split" in used:
         notes.append(f"splits by the column {used['split']!r}")
-        splits = _splits(rows, used["split"])
+        splits = np.array(_splits(rows, used["split"]))
     columns = {
         role: PackedStrings(_texts(rows, column, role))
         for role, column in used.items()
@@ -93,7 +93,7 @@ def divide(
         rest = [name for name in rows.columns if name not in used.values()]
         chosen = _label_columns(spec, rows, rest)
         raw = _labels(spec, rows, chosen)
-        more = rows.check(splits, raw)
+        more = rows.check(splits.tolist(), raw)
         if FOLD in used:
             notes.append(f"the column {used[FOLD]!r} is used by cross-validation (folds) only")
         unused = [n for n in rest if n not in chosen and re.search(_SPLITS_OR_GROUPS, n)]
@@ -102,7 +102,7 @@ def divide(
             notes.append(f"columns that are not used: {', '.join(unused)} ({why})")
     whole = unlabelled(rows.images, "")
     for split in SPLITS:
-        at = np.flatnonzero([own == split for own in splits])
+        at = np.flatnonzero(splits == split)
         if len(at):
             said = (*rows.notes, *(notes if labels else ()), *filter(None, [more.get(split)]))
             source = replace(subset(whole, at, ""), notes=said, columns=columns or whole.columns)

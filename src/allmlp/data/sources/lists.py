@@ -37,7 +37,8 @@ def open_list(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
         for line, row in read(file, path):
             for name in row:
-                columns.setdefault(name, [None] * len(lines))
+                if name not in columns:
+                    columns[name] = [None] * len(lines)
             for name, column in columns.items():
                 column.append(row.get(name))
             lines.append(line)
