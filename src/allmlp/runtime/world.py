@@ -199,23 +199,19 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
         world = World(rank, size, peers)
         _joined.append((world, chosen))
         yield world, chosen
+        world.barrier()  # a process that ends has failed, for those that have not left
     except (SystemExit, KeyboardInterrupt):  # all processes stop after the same step
-        _leave(world, notes)
-        dist.destroy_process_group()
         raise
     except BaseException as error:
-        # NCCL's destroy would wait for the others, which wait for this process.
         failed.append((world, notes))
         told = _told(world, notes, error)
-        _leave(world, notes)
         if told is error:
             raise
         raise told from error
-    else:
-        world.barrier()  # a process that ends has failed, for those that have not left
-        _leave(world, notes)
-        dist.destroy_process_group()
     finally:
+        _leave(world, notes)
+        if not failed:  # NCCL's would wait for the others, which wait for this process
+            dist.destroy_process_group()
         left.set()
         watcher.join(_PATIENCE)
         _joined.clear()
