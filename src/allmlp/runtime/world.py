@@ -374,11 +374,8 @@ def innermost_shards(network: nn.Module) -> list[nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
     shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    return [
-        module
-        for module in shards
-        if not any(other is not module and other in shards for other in module.modules())
-    ]
+    outer = {module for module in shards for part in shards if part in [*module.modules()][1:]}
+    return [module for module in shards if module not in outer]
 
 
 @contextlib.contextmanager
@@ -388,11 +385,9 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
 
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not accumulate)
-        yield
-    elif accumulate and isinstance(network, DistributedDataParallel):
-        with network.no_sync():
-            yield
-    else:
+    with contextlib.ExitStack() as stack:
+        if accumulate and isinstance(network, DistributedDataParallel):
+            stack.enter_context(network.no_sync())
         yield
 
 
@@ -401,10 +396,6 @@ def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
     """Fills a tensor that may be sharded with rank 0's value of all of it; a collective."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if world.size == 1 and not isinstance(target, DTensor):
-        assert value is not None
-        target.copy_(value)
-        return
     in_place = target.is_contiguous() and not isinstance(target, DTensor)
     place = {"dtype": target.dtype, "device": target.device}
     whole = target.detach() if in_place else torch.empty(target.shape, **place)
@@ -412,7 +403,7 @@ def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
         whole.copy_(value)
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements)
-    elif whole.numel():
+    elif whole.numel() and world.size > 1:
         dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)  # bits, of any type
     if not in_place:
         target.copy_(whole)
