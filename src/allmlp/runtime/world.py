@@ -199,23 +199,19 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
         world = World(rank, size, peers)
         _joined.append((world, chosen))
         yield world, chosen
+        world.barrier()  # a process that ends has failed, for those that have not left
     except (SystemExit, KeyboardInterrupt):  # all processes stop after the same step
-        _leave(world, notes)
-        dist.destroy_process_group()
         raise
     except BaseException as error:
-        # NCCL's destroy would wait for the others, which wait for this process.
         failed.append((world, notes))
         told = _told(world, notes, error)
-        _leave(world, notes)
         if told is error:
             raise
         raise told from error
-    else:
-        world.barrier()  # a process that ends has failed, for those that have not left
-        _leave(world, notes)
-        dist.destroy_process_group()
     finally:
+        _leave(world, notes)
+        if not failed:  # NCCL's would wait for the others, which wait for this process
+            dist.destroy_process_group()
         left.set()
         watcher.join(_PATIENCE)
         _joined.clear()
@@ -378,11 +374,8 @@ def innermost_shards(network: nn.Module) -> list[nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
     shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    return [
-        module
-        for module in shards
-        if not any(other is not module and other in shards for other in module.modules())
-    ]
+    outer = {module for module in shards for part in shards if part in [*module.modules()][1:]}
+    return [module for module in shards if module not in outer]
 
 
 @contextlib.contextmanager
@@ -392,11 +385,9 @@ def no_sync(network: nn.Module, accumulate: bool = True) -> Iterator[None]:
 
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not accumulate)
-        yield
-    elif accumulate and isinstance(network, DistributedDataParallel):
-        with network.no_sync():
-            yield
-    else:
+    with contextlib.ExitStack() as stack:
+        if accumulate and isinstance(network, DistributedDataParallel):
+            stack.enter_context(network.no_sync())
         yield
 
 
@@ -405,10 +396,6 @@ def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
     """Fills a tensor that may be sharded with rank 0's value of all of it; a collective."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if world.size == 1 and not isinstance(target, DTensor):
-        assert value is not None
-        target.copy_(value)
-        return
     in_place = target.is_contiguous() and not isinstance(target, DTensor)
     place = {"dtype": target.dtype, "device": target.device}
     whole = target.detach() if in_place else torch.empty(target.shape, **place)
@@ -416,7 +403,7 @@ def fill_from_rank0(target: Tensor, value: Tensor | None, world: World) -> None:
         whole.copy_(value)
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements)
-    elif whole.numel():
+    elif whole.numel() and world.size > 1:
         dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)  # bits, of any type
     if not in_place:
         target.copy_(whole)

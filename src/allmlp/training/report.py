@@ -64,20 +64,24 @@ class TrainResult:
 
 
 def announce(run: Run, *, in_study: bool = False) -> None:
-    config, model, images = run.config, run.model, run.splits.train
     for name, text in _facts(run):
         run.report.say(f"{name:<9}{text}")
-    are_images = array_shape(images) is None  # which published weights know
-    if are_images and not in_study and are_too_few(config, model.num_parameters, len(images)):
-        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
-        run.report.say(
-            f"few      {plural(len(images), 'image')} for {model.num_parameters:,} random weights: "
-            f"the accuracy will be low.\n         Up to {MOST_WEIGHTS:,} weights per image are "
-            "reasonable; trained weights need far fewer images:\n"
-            f"         {_command('finetune', name, '--data', config.data.source)}",
-            style="yellow",
-        )
+    for text in () if in_study else _too_few(run):
+        run.report.say(f"few      {text}", style="yellow")
     run.report.say(f"results  {run.folder.path}")
+
+
+def _too_few(run: Run) -> Iterable[str]:
+    """Says if the images are too few for random weights, and what to do."""
+    config, images, weights = run.config, run.splits.train, run.model.num_parameters
+    are_images = array_shape(images) is None  # which published weights know
+    if are_images and are_too_few(config, weights, len(images)):
+        name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
+        yield (
+            f"{plural(len(images), 'image')} for {weights:,} random weights: the accuracy will be "
+            f"low. Up to {MOST_WEIGHTS:,} weights per image are reasonable; trained weights need "
+            f"far fewer images: {_command('finetune', name, '--data', config.data.source)}"
+        )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -263,7 +267,7 @@ def _write_page(run: Run, outcome: Outcome, commands: Sequence[tuple[str, str]])
     if outcome.test is not None and outcome.validation is not None:
         parts.append(tag("p", f"On the validation images: {outcome.validation.summary()}."))
     warnings = shown.warnings() if shown is not None else []
-    parts.append(items([*_concerns(outcome, folder.path), *warnings], "warning"))
+    parts.append(items([*_too_few(run), *_concerns(run), *warnings], "warning"))
     parts.append(_figure(folder.plots, "curves", "Loss, accuracy and learning rate"))
     rows = [*_facts(run), *(("not as in the recipe", line) for line in _changed(config))]
     parts += [tag("h2", "The run"), table(rows)]
@@ -356,19 +360,14 @@ def _changed(config: TrainConfig) -> list[str]:
     return [f"{key} = {own[key]}" for key in changed]
 
 
-def _concerns(outcome: Outcome, run: Path) -> Iterable[str]:
-    train = outcome.splits.train
+def _concerns(run: Run) -> Iterable[str]:
+    train = run.splits.train
     counts = train.class_counts()
     few = [f"{train.class_names[at]} ({counts[at]})" for at in np.flatnonzero(counts < _ENOUGH)]
     if few:
         yield f"few training images, fewer than {_ENOUGH}: {some_of(few)}"
-    if are_too_few(outcome.config, outcome.model.num_parameters, len(train)):
-        yield (
-            f"{len(train):,} images are few for random weights: begin with trained ones "
-            "(mixer finetune CHECKPOINT --data FOLDER)"
-        )
     names = ("training_loss", "validation_loss")  # the latter only with validation images
-    rows = (row for row in read_results(run) if row.keys() >= {*names})
+    rows = (row for row in read_results(run.folder.path) if row.keys() >= {*names})
     losses = [[float(row[name]) for name in names] for row in rows]
     best, last = min(losses, key=lambda row: row[1], default=[]), losses[-1:]
     if best and last[0][1] > 1.2 * best[1] and last[0][0] < best[0]:
