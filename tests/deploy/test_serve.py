@@ -86,7 +86,8 @@ def connected(
     service: Service, hosts: frozenset[str] | None = HOSTS, places: int = 8
 ) -> starlette_client.TestClient:
     app = make_app(service, hosts, places)
-    return starlette_client.TestClient(app, base_url="http://127.0.0.1:8000")
+    url = "http://127.0.0.1:8000"
+    return starlette_client.TestClient(app, base_url=url, raise_server_exceptions=False)
 
 
 def form(*contents: bytes, field: str = "images") -> list[tuple[str, tuple[str, bytes]]]:
