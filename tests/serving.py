@@ -1,30 +1,38 @@
-"""`mixer serve` as a process of its own, on a port that the system chooses."""
+"""`mixer serve` in a thread, on a port that the system chooses."""
 
-import re
-import signal
-import subprocess
-import sys
+import queue
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+import allmlp as am
+from allmlp.deploy.serve import serve
 
 
 @contextmanager
-def serving(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Runs the server for the block; gives its address, from the line that it prints."""
-    command = [sys.executable, "-m", "allmlp", "serve", str(model), "--port", "0", *flags]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    try:
-        line = process.stdout.readline()
-        found = re.fullmatch(r"serving  (http://\S+)  \(.+ classes\); Ctrl-C ends it\n", line)
-        if found is None:
-            process.kill()
-            raise AssertionError(
-                f"no line of a server that is ready: {line}{process.communicate()}"
-            )
-        yield found[1], process
-    finally:
-        process.send_signal(signal.SIGINT)
-        with suppress(ValueError):  # the block has read all that it said
-            process.communicate(timeout=60)
+def running(model: am.ImageClassifier | Path) -> Iterator[int]:
+    """Serves for the block; gives the port."""
+    import uvicorn
+
+    servers: list[Any] = []
+    ports: queue.Queue[str] = queue.Queue()
+
+    class Kept(uvicorn.Server):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            servers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Server", Kept)
+        options = {"port": 0, "on_ready": lambda url, _: ports.put(url.rpartition(":")[2])}
+        thread = threading.Thread(target=serve, args=(model,), kwargs=options)
+        thread.start()
+        try:
+            yield int(ports.get(timeout=60))
+        finally:
+            servers[0].should_exit = True
+            thread.join()

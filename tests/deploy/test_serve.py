@@ -4,16 +4,15 @@ import asyncio
 import base64
 import io
 import json
-import queue
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from PIL import Image
 
 import allmlp as am
 from allmlp.deploy.options import ServeOptions
-from allmlp.deploy.serve import Service, serve
+from allmlp.deploy.serve import Service
 from allmlp.inspection.attribution import occlusion, read_image
 from conftest import draw, encode, mixer, refused, tiny_model
-from serving import serving
+from serving import running
 
 starlette_client = pytest.importorskip("starlette.testclient", reason="the extra serve is absent")
 pytest.importorskip("python_multipart", reason="the extra serve is absent")
@@ -86,34 +85,12 @@ def connected(
     service: Service, hosts: frozenset[str] | None = HOSTS, places: int = 8
 ) -> starlette_client.TestClient:
     app = make_app(service, hosts, places)
-    return starlette_client.TestClient(app, base_url="http://127.0.0.1:8000")
+    url = "http://127.0.0.1:8000"
+    return starlette_client.TestClient(app, base_url=url, raise_server_exceptions=False)
 
 
 def form(*contents: bytes, field: str = "images") -> list[tuple[str, tuple[str, bytes]]]:
     return [(field, (f"{at}.png", content)) for at, content in enumerate(contents)]
-
-
-@contextmanager
-def running(model: am.ImageClassifier) -> Iterator[int]:
-    """Serves in a thread for the block; gives the port."""
-    servers: list[Any] = []
-    ports: queue.Queue[str] = queue.Queue()
-
-    class Kept(uvicorn.Server):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            servers.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uvicorn, "Server", Kept)
-        options = {"port": 0, "on_ready": lambda url, _: ports.put(url.rpartition(":")[2])}
-        thread = threading.Thread(target=serve, args=(model,), kwargs=options)
-        thread.start()
-        try:
-            yield int(ports.get(timeout=60))
-        finally:
-            servers[0].should_exit = True
-            thread.join()
 
 
 def pixels_in(url: str) -> np.ndarray:
@@ -418,14 +395,24 @@ def test_without_the_packages_and_on_a_taken_port(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_the_command_from_its_line_to_ctrl_c(weights, host):
-    with serving(weights, "--top-k", "2", "--host", host) as (url, process):
-        assert url.startswith(f"http://{host}:")
-        local = url.replace("0.0.0.0", "127.0.0.1")
-        request = urllib.request.Request(f"{local}/predict", PNG, {"Content-Type": "image/png"})
-        with urllib.request.urlopen(request) as answer:
-            assert len(json.load(answer)[0]["classes"]) == 2
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    command = [sys.executable, "-m", "allmlp", "serve", str(weights), "--port", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "--top-k", "2", "--host", host], stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            found = re.fullmatch(r"serving  (http://\S+)  \(.+ classes\); Ctrl-C ends it\n", line)
+            assert found is not None, line
+            assert found[1].startswith(f"http://{host}:")
+            local = found[1].replace("0.0.0.0", "127.0.0.1")
+            request = urllib.request.Request(f"{local}/predict", PNG, IMAGE)
+            with urllib.request.urlopen(request) as answer:
+                assert len(json.load(answer)[0]["classes"]) == 2
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, "")
     *warnings, last = err.splitlines()
     assert last == "stopped"

@@ -8,7 +8,7 @@ import pytest
 import allmlp as am
 from allmlp.data.sources import open_source
 from browser import PROGRAM, Browser, browser
-from serving import serving
+from serving import running
 
 pytest.importorskip("uvicorn", reason="the extra serve is absent")
 
@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="no C
 
 @pytest.fixture(scope="module")
 def url(trained: am.TrainResult) -> Iterator[str]:
-    with serving(trained.run_folder) as (address, _):
-        yield address
+    with running(trained.run_folder) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture

@@ -165,10 +165,8 @@ def _from_file(
     _check_finite(tensors, path)
     is_timm = family_of(config).name == "timm"  # timm resizes with the weights loaded
     if size is not None and size != config.image_size and not is_timm:
-        old = config
-        config, words = resize_model(tensors, config, size, method)
-        _report_size(report, old, config, words)
-        preprocessing = _at_size(preprocessing, size, source)
+        new, how = resize_model(tensors, config, size, method)
+        preprocessing, config = _at_size(preprocessing, config, new, how, report), new
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = model_from_config(config)
     try:
@@ -204,24 +202,22 @@ def _resize_timm(
         raise UserError(what, where=old.name, fix="Leave it out")
     if size is not None and size != old.image_size:
         resize_timm(model, size)
-        _report_size(report, old, model.config, "by timm")
-        model.preprocessing = _at_size(model.preprocessing, size, old.name)
-
-
-def _report_size(report: Reporter, old: ModelConfig, new: ModelConfig, words: str) -> None:
-    sizes = f"{size_text(old.image_size)} -> {size_text(new.image_size)}"
-    report.say(f"resized  {sizes} pixels: {words}")
+        model.preprocessing = _at_size(model.preprocessing, old, model.config, "by timm", report)
 
 
 def _at_size(
-    preprocessing: Preprocessing | None, image_size: Size, source: str | Path
+    preprocessing: Preprocessing | None,
+    old: ModelConfig,
+    new: ModelConfig,
+    how: str,
+    report: Reporter,
 ) -> Preprocessing | None:
-    if preprocessing is None:
-        return None
-    if preprocessing.permutation != "none":
+    sizes = f"{size_text(old.image_size)} -> {size_text(new.image_size)}"
+    report.say(f"resized  {sizes} pixels: {how}")
+    if preprocessing is not None and preprocessing.permutation != "none":
         what = "the model was trained on permuted pixels, which belong to one image size"
-        raise UserError(what, where=source, fix="Leave image_size out")
-    return replace(preprocessing, image_size=image_size)
+        raise UserError(what, where="image_size", fix="Leave it out")
+    return preprocessing and replace(preprocessing, image_size=new.image_size)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
