@@ -143,13 +143,6 @@ _CODES = {
     **dict.fromkeys(("missing", "missing_argument", "missing_keyword_only_argument"), "missing"),
 }
 
-_WORDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
-
 
 def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
     first, path, inner = errors[0], [], values
@@ -167,8 +160,6 @@ def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
         return OptionError(name, f"unknown option {name!r}", fix, code)
     rules = dict.fromkeys(error["msg"] for error in errors)  # a union has one per member
     rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
-    for theirs, ours in _WORDS.items():
-        rule = rule.replace(theirs, ours)
     what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
     return OptionError(name, what, None, code)
 

@@ -106,10 +106,7 @@ def parse(arguments: Sequence[str]) -> tuple[int, Any]:
             print(f"  {verb:{width}}  {summary}")
         return 0, {"commands": list(commands)}
     if name not in commands:
-        near = near_names(name, commands)
-        if name in ("version", "help"):
-            near = f"Did you mean mixer --{name}? "
-        fix = f"{near}Known: {', '.join(commands)}"
+        fix = f"{near_names(name, [*commands, '--version', '--help'])}Known: {', '.join(commands)}"
         where = f"mixer {group}" if group else None
         raise UserError(f"unknown command {name!r}", where=where, fix=fix, code="unknown-name")
     return known[name].run(f"{start}{name}", given[1:])
