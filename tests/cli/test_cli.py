@@ -129,7 +129,7 @@ FINETUNE = "finetune RUN --data ANIMALS"
         ("evaluate RUN --data digits --real no.json", "cannot read the file: No such file"),
         ("evaluate RUN --data digits --real file", "the ReaL labels are not JSON"),
         ("few-shot RUN --data digits --output figures.csv", "not a .json file: 'figures.csv'"),
-        ("few-shot RUN --data digits:train", "no test and no validation split"),
+        ("few-shot RUN --data digits:train", "no validation split"),
         ("few-shot RUN --data nowhere", "no such data"),
         ("few-shot RUN --data digits digits", "data needs one value or more, each once"),
         ("data check ANIMALS --duplicates off --exclude list.txt", "exclude"),

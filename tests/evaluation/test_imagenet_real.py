@@ -128,10 +128,10 @@ def test_names_that_are_refused(folder: Path, name: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[1], [2]]", "got 2 lists"),
-        (json.dumps([[1]] * 49_999 + [3]), "not a list of classes from 0 to 999: 3"),
-        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), r"to 999: \[5, 1000\]"),
-        (json.dumps([[1], [True]] + [[1]] * 49_998), r"to 999: \[True\]"),
+        ("[[1], [2]]", r"\[\[1\], \[2\]\]"),
+        (json.dumps([[1]] * 49_999 + [3]), "0 to 999: .* got 3"),
+        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), "0 to 999: .* got 1000"),
+        (json.dumps([[1], [True]] + [[1]] * 49_998), "0 to 999: .* got True"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import sys
@@ -58,24 +57,18 @@ def streams(given: Sequence[str], *, quiet: bool, as_json: bool) -> Iterator[Non
         yield
 
 
+def _plain(value: Any) -> Any:
+    """Returns what JSON does not know as JSON values: by its own `to_json`, else its fields."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def to_json(result: Any) -> Any:
-    """Returns a result as JSON values: by its own `to_json`, else its fields."""
-    if result is None or isinstance(result, bool | int | str):
-        return result
-    if isinstance(result, float):
-        return result if math.isfinite(result) else None
-    if isinstance(result, dict):
-        return {str(key): to_json(value) for key, value in result.items()}
-    if hasattr(result, "_asdict"):
-        return to_json(result._asdict())
-    if isinstance(result, list | tuple | set):
-        return [to_json(value) for value in result]
-    if hasattr(result, "to_json"):
-        return to_json(result.to_json())
-    if dataclasses.is_dataclass(result):
-        fields = dataclasses.fields(result)
-        return {field.name: to_json(getattr(result, field.name)) for field in fields}
-    return to_json(result.tolist()) if hasattr(result, "tolist") else str(result)
+    """Returns a result as JSON values; None for numbers that are not finite."""
+    return json.loads(json.dumps(result, default=_plain), parse_constant=lambda _: None)
 
 
 def print_json(result: Any) -> None:
