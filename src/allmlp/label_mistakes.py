@@ -31,7 +31,7 @@ from allmlp.evaluation.features import cache_path, frozen_features, opened_model
 from allmlp.evaluation.options import LabelMistakesOptions
 from allmlp.evaluation.predictor import predictor_for
 from allmlp.evaluation.probe import out_of_fold
-from allmlp.io import atomic_write_all, check_not_inputs, check_output_folder, csv_text, expand
+from allmlp.io import atomic_write_all, check_not_inputs, csv_text, expand, made_folder
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.training.own_images import counted
@@ -138,10 +138,6 @@ def find_label_mistakes(
     """
     options = make(LabelMistakesOptions, data, fields, "data")
     report, cache = report or Reporter(quiet=True), cache_path(options)
-    folder = None if options.output is None else expand(options.output)
-    outputs = [path for path in (folder, cache) if path is not None]
-    if folder is not None:
-        check_output_folder(folder, FILES, overwrite=options.overwrite)
     splits = open_splits(options.data)
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
@@ -150,10 +146,10 @@ def find_label_mistakes(
         raise UserError("the images are of fewer than two classes", where=options.data)
     inputs = [*read_from(options.data)]
     inputs += [] if isinstance(model, ImageClassifier) else files_of(str(model))
-    outputs += [] if folder is None else map(folder.joinpath, FILES)
-    check_not_inputs(outputs, inputs, map(source.item_name, range(len(source))))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fail early
+    check_not_inputs([] if cache is None else [cache], inputs)
+    images = map(source.item_name, range(len(source)))
+    overwrite = options.overwrite
+    folder = made_folder(options.output, FILES, overwrite=overwrite, inputs=inputs, images=images)
     with report.progress(len(source), "images") as bar:
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from allmlp.errors import UserError, plural, some_of
@@ -62,25 +61,22 @@ def check(source: str, options: CheckOptions) -> Done:
         atomic_write,
         check_not_inputs,
         check_output_file,
-        check_output_folder,
         expand,
+        made_folder,
     )
     from allmlp.plots import save_check
 
     report = Reporter(stderr=options.exclude == STANDARD_OUTPUT)
-    outputs: list[Path] = []
-    folder = None if options.output is None else expand(options.output)
-    if folder is not None:
-        check_output_folder(folder, FILES, overwrite=options.overwrite)
-        outputs += [folder, *map(folder.joinpath, FILES)]
+    splits, overwrite = open_splits(source), options.overwrite
+    inputs = list(read_from(source))
+
+    def images() -> Iterator[str]:
+        return (split.item_name(at) for split in splits.values() for at in range(len(split)))
+
     if options.exclude not in (None, STANDARD_OUTPUT):
-        check_output_file(expand(options.exclude), overwrite=options.overwrite)
-        outputs.append(expand(options.exclude))
-    splits = open_splits(source)
-    items = (split.item_name(at) for split in splits.values() for at in range(len(split)))
-    check_not_inputs(outputs, read_from(source), items)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fail early
+        check_output_file(expand(options.exclude), overwrite=overwrite)
+        check_not_inputs([expand(options.exclude)], inputs, images())
+    folder = made_folder(options.output, FILES, overwrite=overwrite, inputs=inputs, images=images())
     with report.progress(sum(map(len, splits.values())), "images") as bar:
         values, duplicates = check_source(
             splits,
