@@ -104,16 +104,14 @@ class LabelMistakes:
         excluded = exclude_list(self.splits, rows, self.data)
         files = {"mistakes.csv": csv_text(table), "exclude.txt": excluded}
         atomic_write_all({folder / name: text for name, text in files.items()})
-        shown = self.ranked[:_ON_SHEET]
-        captions = [
-            f"{plots.shorten(image.label, 20)}\n-> {plots.shorten(image.suggestion, 14)} "
-            f"{image.suggestion_probability:.0%}"
-            for image in shown
-        ]
-        colors = [plots.RED if image.suspected else "" for image in shown]
+        cells: list[plots.Cell] = []
+        for image in self.ranked[:_ON_SHEET]:
+            label, suggestion = plots.shorten(image.label, 20), plots.shorten(image.suggestion, 14)
+            caption = f"{label}\n-> {suggestion} {image.suggestion_probability:.0%}"
+            pixels = plots.thumbnail(self.splits[image.split], image.index)
+            cells.append((pixels, caption, plots.RED if image.suspected else ""))
         title = f"{self.data}: label -> suggestion, {len(self.suspected):,} suspected (red)"
-        images = [plots.thumbnail(self.splits[image.split], image.index) for image in shown]
-        plots.save(plots.grid(images, captions, title, colors=colors), folder / "mistakes.png")
+        plots.save(plots.grid(cells, title), folder / "mistakes.png")
 
 
 def find_label_mistakes(
