@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -117,7 +117,8 @@ def grid(cells: Sequence[Cell], title: str, columns: int | None = None) -> Figur
     figure = new_figure(max(1.4 * columns, 5.0), (1.35 + 0.15 * lines) * rows + 0.5)
     figure.suptitle(escape(title), fontsize=10)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (image, caption, color) in zip_longest(panels, cells, fillvalue=(None, "", "")):
+    empty: list[Cell] = [(None, "", "")] * (rows * columns - len(cells))
+    for axes, (image, caption, color) in zip(panels, [*cells, *empty], strict=True):
         axes.set_title(caption, fontsize=8, color=color or "black")
         if image is None:
             axes.set_axis_off()
@@ -209,10 +210,8 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 
 def reliability_diagram(evaluation: Evaluation) -> Figure:
     """Returns accuracy against confidence in 15 bins, with the number of images per bin."""
-    bins, what = (
-        evaluation.reliability,
-        ("accuracy", "probability of the predicted class", "images"),
-    )
+    bins = evaluation.reliability
+    what = ("accuracy", "probability of the predicted class", "images")
     if evaluation.is_multi_label:
         what = ("fraction that has the label", "probability of a label", "labels of images")
     width = 1.0 / len(bins.images)
@@ -300,8 +299,9 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
     if steps or rows:
         loss.legend()
     loss.set(title="loss", xlabel="epoch", yscale="log")
-    for axis in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain, (low, high) = FuncFormatter(lambda value, _: f"{value:g}"), loss.get_ylim()
+    loss.yaxis.set_major_formatter(plain)
+    loss.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     accuracy.set(xlabel="epoch")
     rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")
     rate.set(title="learning rate", xlabel="epoch")
