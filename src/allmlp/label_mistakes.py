@@ -201,9 +201,8 @@ def find_label_mistakes(
 def _of_several(
     probabilities: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns of each image with several labels (N,): how probable its least probable entry is,
-    label or absence of one; the class of that entry; whether any entry is suspected, each class by
-    itself; whether that entry is the only label of its class."""
+    """Returns of each image (N,): how probable its least probable entry is, label or absence; its
+    class; whether any entry is suspected; whether that entry is the only label of its class."""
     likely = np.where(labels, probabilities, 1.0 - probabilities)
     flagged = [
         confident_learning(np.stack([1.0 - p, p], axis=1), truth.astype(np.int64))[1]

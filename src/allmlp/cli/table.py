@@ -38,23 +38,17 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 class Command:
     """A command: its options, function and help.
 
-    Args:
-        words: path within allmlp of the options dataclass, whose docstring is the help text; path
-            of the function, called with the positional arguments and the options; the names of
-            these arguments: "recipe?" is optional, "images*" many, "models*?" both. If the
-            function's module has a `show`, that is called with the result and the options, and
-            returns the exit code or None; otherwise the function prints, and may return `Done`.
-        summary: the line in `mixer --help`.
+    `words` are the paths of the options dataclass, whose docstring is the help, and of the
+    function; then the positional arguments: "recipe?" is optional, "images*" many, "models*?" both.
+    If the function's module has a `show`, that is called with the result and the options, and
+    returns the exit code or None; otherwise the function prints, and may return `Done`.
     """
 
     words: str
     summary: str
 
     def run(self, name: str, given: list[str]) -> tuple[int, Any]:
-        """Parses the arguments and runs the command; returns its exit code and result.
-
-        The result is a `Sourced` if the command takes a model.
-        """
+        """Runs the command; returns its exit code and result, `Sourced` if it takes a model."""
         import tyro
 
         kind_path, function_path, *positional = self.words.split()

@@ -69,8 +69,7 @@ class RealLabels:
 def open_real(
     path: str | Path, source: Source, class_names: Sequence[str], imagenet: Sequence[str]
 ) -> RealLabels:
-    """Returns the labels of the images in any subset of the validation images; everything is
-    checked before reading any image. Classes are as in `imagenet_classes`."""
+    """Returns the labels of any of the validation images; see `imagenet_classes`."""
     labels, classes = read_real(path), imagenet_classes(class_names, imagenet)
     return RealLabels(labels, validation_ids(source), classes)
 
@@ -90,10 +89,7 @@ def read_real(path: str | Path) -> list[list[int]]:
 
 
 def validation_ids(source: Source) -> np.ndarray:
-    """Returns int64 (num_images,): the number of each image in the validation set, 1 to 50,000.
-
-    Read from the file name, in any folder or archive, or from the column `val_id` of Parquet files.
-    """
+    """Returns the number of each image, 1 to 50,000, from its name or from a column `val_id`."""
     names = values_of(source, "path") or map(source.item_name, range(len(source)))
     pattern = re.compile(r"[^/\\:]*ILSVRC2012_val_(\d{8})(?!\d)[^/\\:]*$", re.IGNORECASE)
     found = [pattern.search(str(name)) for name in names]
@@ -119,9 +115,8 @@ def validation_ids(source: Source) -> np.ndarray:
 def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.ndarray:
     """Returns int64 (K,): the ImageNet class, 0 to 999, of each class of a model.
 
-    `class_names` are WordNet ids in any order, "n01440764" or "n01440764 tench", or names in
-    ImageNet order, "tench" or "tench, Tinca tinca"; `imagenet` is ImageNet's 1,000 classes in
-    order, "n01440764 tench".
+    `class_names` begin with WordNet ids, in any order, or are names in ImageNet's order; `imagenet`
+    is ImageNet's 1,000 classes in order, "n01440764 tench".
     """
     fix = "ReaL is for models of ImageNet-1k: leave out real"
     if len(class_names) != CLASSES:
