@@ -13,7 +13,8 @@ from conftest import mixer, ran, refused
 
 def test_help_imports_no_torch():
     code = (
-        "import sys; from allmlp.cli.main import main\n"
+        "import sys, allmlp; dir(allmlp); assert 'torch' not in sys.modules\n"
+        "from allmlp.cli.main import main\n"
         "from allmlp.cli.verbs import VERBS\n"
         "for line in ('', '--help', *(f'{verb} --help' for verb in VERBS)):\n"
         "    try: main(line.split())\n"
@@ -26,19 +27,11 @@ def test_help_imports_no_torch():
     assert done.stdout.count("usage: mixer") == len(VERBS) + 2
 
 
-def test_importing_the_package_imports_no_torch():
-    code = "import sys, allmlp; dir(allmlp); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("trian", "unknown command 'trian'\nto fix: Did you mean train? Known: models, train, "),
-        (
-            "data chek x",
-            "where: mixer data\nto fix: Did you mean check? Known: check, mistakes, pack",
-        ),
+        ("data chek x", "Did you mean check? Known: check, mistakes, pack"),
         ("version", "Did you mean --version?"),
         ("train --epoch 3", "--epochs"),
         ("train --epochs many", "Error parsing --epochs"),
