@@ -103,13 +103,8 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         report.say(line)
     if not result.is_multi_label:
         measured = cross_calibrated(result) if has_temperature else result
-        cells = []
-        for row in coverage_table(measured, _THRESHOLDS):
-            cells.append({"unsure below": f"{row['threshold']:.4g}"})
-            cells[-1]["answered"] = f"{row['coverage']:.2%}"
-            if row["accuracy"] is not None:
-                cells[-1]["accuracy of the answers"] = f"{row['accuracy']:.2%}"
-        report.say()
-        report.table(cells)
+        formats = {"threshold": ".4g", "coverage": ".2%", "accuracy": ".2%"}
+        report.say('\nbelow each threshold the answer is "unsure"; accuracy of the others')
+        report.table(coverage_table(measured, _THRESHOLDS), formats=formats)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

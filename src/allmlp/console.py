@@ -21,6 +21,8 @@ from rich.progress import (
 
 from allmlp.io import path_in_errors
 
+NONE: Mapping[str, str] = {}
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -49,9 +51,11 @@ class Reporter:
         if self._log is not None:
             self._flush()
 
-    def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
+    def table(
+        self, rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] = NONE
+    ) -> None:
         """Prints rows by column, see `table_of`."""
-        for line in table_of(rows, left):
+        for line in table_of(rows, left, formats):
             self.say(line)
 
     def log_to(self, path: Path) -> None:
@@ -114,11 +118,17 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
     return [line(headers), rule, *(line(row) for row in rows)]
 
 
-def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
-    """Returns the lines of a table of rows by column; a dash where a row lacks a column."""
+def table_of(
+    rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] = NONE
+) -> list[str]:
+    """Returns the lines of a table of rows by column; a dash where a row lacks a value."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return table(names, [[row.get(name, "-") for name in names] for row in rows], left)
+
+    def cell(name: str, value: Any) -> str:
+        return "-" if value is None else format(value, formats.get(name, ""))
+
+    return table(names, [[cell(name, row.get(name)) for name in names] for row in rows], left)
 
 
 def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:

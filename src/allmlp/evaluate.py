@@ -31,8 +31,8 @@ from allmlp.training.web_report import REPORT, evaluation_report
 from allmlp.weights.checkpoints import imagenet_classes
 
 _WORST = 20  # number of classes printed
-_TITLES = {"recall": "recall", "precision": "precision", "f1": "F1"}
-_TITLES |= {"average_precision": "AP", "threshold": "threshold"}
+_FRACTIONS = ("recall", "precision", "f1", "average_precision", "threshold")
+_FORMATS = {"images": ",", "correct": ",", **dict.fromkeys(_FRACTIONS, ".1%")}
 
 
 def evaluate(
@@ -160,12 +160,7 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     if len(rows) > _WORST:
         rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
     report.say(f"\nthe {len(rows)} classes with the lowest recall")
-    shown = []
-    for row in rows:
-        shown.append({"class": row["class"], "images": f"{row['images']:,}"})
-        for name in [name for name in _TITLES if name in row]:
-            shown[-1][_TITLES[name]] = "-" if row[name] is None else f"{row[name]:.1%}"
-    report.table(shown)
+    report.table(rows, formats=_FORMATS)
     for true, predicted, count in result.worst_confusions(5):
         report.say(f"confused: {true} taken for {predicted}: {count}")
     if options.output is not None:
