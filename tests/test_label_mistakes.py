@@ -6,29 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import allmlp as am
 from allmlp.data.fingerprint import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
 from allmlp.label_mistakes import FILES, confident_learning
-from conftest import mixer, refused, tiny_model
+from conftest import make_colours, mixer, refused, tiny_model
 
-HUES = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
 WRONG = {"train/blue/03.png": "red", "train/red/07.png": "green", "val/green/02.png": "blue"}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three classes of a colour each, three images in wrong folders, and a copy of one of them."""
-    random = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
-        for name in HUES:
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for number in range(count):
-                path = f"{split}/{name}/{number:02}.png"
-                pixels = np.array(HUES[WRONG.get(path, name)]) + random.integers(-15, 15, (8, 8, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / path)
+        wrong = {path.removeprefix(f"{split}/"): name for path, name in WRONG.items()}
+        counts = dict.fromkeys(("blue", "green", "red"), count)
+        make_colours(tmp_path / "data" / split, counts, count, wrong)
     copy = (tmp_path / "data/train/blue/03.png").read_bytes()
     (tmp_path / "data/train/red/copy.png").write_bytes(copy)
     return tmp_path / "data"

@@ -1,6 +1,5 @@
 """The command as a user types it: help, tables, exit codes, one message for each mistake."""
 
-import json
 import subprocess
 import sys
 
@@ -61,38 +60,6 @@ def test_models_at_another_size(capsys):
     code, _, err = mixer(capsys, "models", "--image-size", "3")
     assert code == 2
     assert "image size 3x3 is not divisible by the patch size" in err
-
-
-def test_train_evaluate_predict(capsys, class_folder, tmp_path):
-    """The three verbs one after the other on a class folder, through the real parser."""
-    run, report = tmp_path / "run", tmp_path / "report"
-    shape = ("hidden_dim=16", "num_blocks=2", "tokens_mlp_dim=8", "channels_mlp_dim=32")
-    settings = [x for name in shape for x in ("--set", f"model.overrides.{name}")]
-    out, _ = ran(
-        capsys,
-        *("train", "--data", class_folder, "--image-size", 32, "--epochs", 2, "--output", run),
-        *("--num-workers", 0, "--device", "cpu", *settings),
-    )
-    assert "20 images to train, 9 to validate (the data's own), none to test; 3 classes" in out
-    assert f"mixer evaluate {run} --data {class_folder}:validation" in out
-
-    code, out, err = mixer(
-        capsys, "evaluate", run, "--data", class_folder, "--output", report, "--num-workers", 0
-    )
-    assert (code, err) == (0, "")
-    assert "9 images" in out
-    assert sorted(path.name for path in report.iterdir()) == [
-        *("confusion.csv", "confusion.png", "evaluation.json", "per_class.csv"),
-        *("predictions.png", "reliability.png", "report.html", "worst_mistakes.png"),
-    ]
-    top1 = json.loads((report / "evaluation.json").read_text())["top1"]
-    assert f"top-1    {top1:.2%}" in out
-
-    picture = class_folder / "val" / "ant" / "0.png"
-    output = tmp_path / "out.jsonl"
-    out, _ = ran(capsys, "predict", run, picture, "--output", output, "--top-k", 2)
-    assert str(picture) in out
-    assert len(json.loads(output.read_text())["classes"]) == 2
 
 
 FINETUNE = "finetune RUN --data ANIMALS"

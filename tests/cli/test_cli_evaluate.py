@@ -59,7 +59,12 @@ def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path, flag
     assert err.startswith("resized  16x16 -> 48x48 pixels" if height == 48 else "")
     turned = "turned upright by EXIF" if preprocessing.exif_orientation else "EXIF ignored"
     assert said.startswith(f"protocol {height}x{width} pixels, {preprocessing.summary()}, {turned}")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("confusion.csv", "confusion.png", "evaluation.json", "per_class.csv"),
+        *("predictions.png", "reliability.png", "report.html", "worst_mistakes.png"),
+    ]
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert f"top-1    {written['top1']:.2%}" in said
     own = am.load_model(model, preprocessing.image_size, quiet=True)
     own.preprocessing = preprocessing
     assert am.evaluate(own, str(class_folder), num_workers=0).loss == written["loss"]

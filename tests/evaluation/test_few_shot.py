@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import allmlp as am
 from allmlp.data.source import subset
@@ -17,7 +16,7 @@ from allmlp.evaluation.features import frozen_features
 from allmlp.evaluation.few_shot import SWEEP, choose_l2, fit_sweep
 from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
-from conftest import make_class_folder, tiny_model
+from conftest import make_class_folder, make_colours, tiny_model
 
 pytestmark = pytest.mark.numerics
 
@@ -52,22 +51,11 @@ def test_against_a_direct_solve(n: int, c: int, l2: float):
     assert (probe.predict(others) == scores.argmax(axis=1)).all()
 
 
-def colours(folder: Path, counts: dict[str, int], start: int = 0) -> None:
-    """FOLDER/<class>/<n>.png, each class a colour of its own with a little noise."""
-    hues = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
-    random = np.random.default_rng(start)
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = np.array(hues[name]) + random.integers(-15, 15, size=(8, 8, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:02}.png")
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three separable classes; one has fewer images to learn from."""
-    colours(tmp_path / "data" / "train", {"blue": 9, "green": 2, "red": 7})
-    colours(tmp_path / "data" / "test", {"blue": 4, "green": 3, "red": 5}, start=1)
+    make_colours(tmp_path / "data" / "train", {"blue": 9, "green": 2, "red": 7})
+    make_colours(tmp_path / "data" / "test", {"blue": 4, "green": 3, "red": 5}, start=1)
     return tmp_path / "data"
 
 
