@@ -76,7 +76,7 @@ FINETUNE = "finetune RUN --data ANIMALS"
         ("evaluate RUN --data digits --batch-size 0", "batch_size must be at"),
         ("evaluate RUN --data digits --output file/x", "folder cannot be written to"),
         ("evaluate RUN --data digits --output file", "the output is a file, it must be a folder"),
-        ("evaluate RUN --data digits --crop 0", "crop must be above 0 and at most 1, got 0.0"),
+        ("evaluate RUN --data digits --crop 0", "crop must be greater than 0, got 0.0"),
         ("evaluate RUN --data digits --crop 0.9 --resize squash", "crop 0.9 has no effect"),
         ("evaluate RUN --data digits --real file", "the ReaL labels are not JSON"),
         ("few-shot RUN --data digits --output figures.csv", "not a .json file: 'figures.csv'"),

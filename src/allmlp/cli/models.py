@@ -135,10 +135,8 @@ def env(_: EnvOptions) -> Done:
     values["packages"] = {name: installed.get(name) for name in sorted(needed)}
     del values["date"], values["command"]
     for name, value in values.items():
-        if isinstance(value, list):
-            value = " ".join(value)
         if name != "packages":
-            print(f"{name:13} {value}")
+            print(f"{name:13} {' '.join(value) if isinstance(value, list) else value}")
     print("packages")
     for name, found in values["packages"].items():
         print(f"  {name:24} {found or 'not installed'}")

@@ -113,7 +113,9 @@ def _arguments(kind: type, positional: Sequence[str]) -> type:
         shown = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
         hint: Any = Annotated[Positional[plain], shown]
         fields.append((name, hint, dataclasses.field(default=default)))
-    texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
+    texts, hints = documentation(kind), typing.get_type_hints(kind)  # without ranges of numbers
+    whole = typing.get_type_hints(kind, include_extras=True)
+    hints |= {name: Repeated for name, hint in whole.items() if hint == Repeated}
     for field in dataclasses.fields(kind):
         if field.init and not field.metadata.get("hidden"):
             hint = _annotated(hints[field.name], field, texts.get(field.name, ""))
