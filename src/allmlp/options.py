@@ -204,9 +204,10 @@ def _definitions(module: str) -> dict[str, ast.ClassDef]:
 def documentation(kind: type) -> dict[str, str]:
     """Returns the docstring under each field of a dataclass and its bases, or its metadata's."""
     found: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        definition = _definitions(base.__module__).get(base.__name__)
-        for node, text in itertools.pairwise(definition.body if definition else ()):
+    for base in reversed(kind.__mro__):
+        known = _definitions(base.__module__) if dataclasses.is_dataclass(base) else {}
+        body = known[base.__name__].body if base.__name__ in known else []
+        for node, text in itertools.pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[ast.unparse(node.target)] = inspect.cleandoc(ast.literal_eval(text.value))
     found |= {f.name: f.metadata["doc"] for f in dataclasses.fields(kind) if "doc" in f.metadata}

@@ -116,9 +116,9 @@ class Predictor:
         """
         first, part = 0, source
         if world is not None and world.size > 1:
-            batches = math.ceil(len(source) / self.batch_size)
+            number = math.ceil(len(source) / self.batch_size)
             first, stop = (
-                min(batches * rank // world.size * self.batch_size, len(source))
+                min(number * rank // world.size * self.batch_size, len(source))
                 for rank in (world.rank, world.rank + 1)
             )
             part = subset(source, np.arange(first, stop), source.name)
