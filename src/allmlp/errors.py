@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -57,24 +58,16 @@ def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) 
     return value
 
 
-def at_least(name: str, value: Any, least: float, where: object = None) -> Any:
+def at_least(name: str, value: Any, least: float) -> Any:
     """Returns the value if None or at least `least` (not NaN)."""
-    if value is not None and not value >= least:
-        what = f"{name} must be at least {least}, got {value!r}"
-        raise UserError(what, where=where, code="out-of-range")
-    return value
+    return between(name, value, least, math.inf)
 
 
-def between(
-    name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False
-) -> Any:
-    """Returns the value if None or in [low, high]; `above` and `below` exclude the bounds."""
-    if value is None:
-        return None
-    is_in = low <= value <= high and not (above and value == low) and not (below and value == high)
-    if not is_in:
-        least, most = "above" if above else "at least", "below" if below else "at most"
-        what = f"{name} must be {least} {low} and {most} {high}, got {value!r}"
+def between(name: str, value: Any, low: float, high: float) -> Any:
+    """Returns the value if None or in [low, high]."""
+    if value is not None and not low <= value <= high:
+        most = "" if high == math.inf else f" and at most {high}"
+        what = f"{name} must be at least {low}{most}, got {value!r}"
         raise UserError(what, code="out-of-range")
     return value
 

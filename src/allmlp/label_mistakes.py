@@ -169,21 +169,14 @@ def find_label_mistakes(
         is_single = np.bincount(labels, minlength=len(names))[labels] < 2
         suggestions = [names[at] for at in other]
         right = probabilities.argmax(axis=1) == labels
-    scores = np.where(is_single, np.inf, own)
     places = [(split, at) for split, images in splits.items() for at in range(len(images))]
-    ranked = [
-        RankedLabel(
-            *places[image],
-            name=source.item_name(image),
-            label=source.label_text(image),
-            label_probability=float(own[at]),
-            suggestion=suggestions[at],
-            suggestion_probability=float(likely[at]),
-            suspected=bool(suspected[at] and not is_single[at]),
-        )
-        for at in np.argsort(scores, kind="stable")
-        for image in [int(features.indices[at])]
-    ]
+    suspected, ranked = suspected & ~is_single, []
+    for row in np.argsort(np.where(is_single, np.inf, own), kind="stable").tolist():
+        image = int(features.indices[row])
+        place = (*places[image], source.item_name(image))
+        label = (source.label_text(image), float(own[row]))
+        suggestion = (suggestions[row], float(likely[row]))
+        ranked.append(RankedLabel(*place, *label, *suggestion, bool(suspected[row])))
     notes = [*notes_of(splits), *features.notes]
     if is_single.any():
         alone = ", ".join([names[at] for at in np.flatnonzero(source.class_counts() == 1)][:8])

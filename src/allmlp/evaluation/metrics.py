@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -457,13 +458,10 @@ class Evaluation:
         if self.is_multi_label:
             return []
         wrong, names = ~self.correct, self.class_names
-        pairs, counts = np.unique(
-            self.labels[wrong] * len(names) + self.predictions[wrong], return_counts=True
-        )
-        order = np.argsort(-counts, kind="stable")[:most]
-        rows, columns = np.divmod(pairs[order], len(names))
-        found = zip(rows, columns, counts[order].tolist(), strict=True)
-        return [(names[row], names[column], count) for row, column, count in found]
+        true, predicted = self.labels[wrong].tolist(), self.predictions[wrong].tolist()
+        pairs = Counter(zip(true, predicted, strict=True)).items()
+        first = sorted(pairs, key=lambda item: (-item[1], item[0]))[:most]
+        return [(names[row], names[column], count) for (row, column), count in first]
 
     def predicted(self, row: int) -> list[tuple[str, float]]:
         """Returns the predicted class of an image, or all of them, with their probabilities."""

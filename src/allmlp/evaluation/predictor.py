@@ -66,7 +66,7 @@ class Predictor:
         num_workers: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        at_least("batch_size", batch_size, 1, where="batch_size")
+        at_least("batch_size", batch_size, 1)
         self.model = model
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
