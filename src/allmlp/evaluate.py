@@ -158,8 +158,8 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
         report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
     if len(rows) > _WORST:
+        report.say(f"\nthe {_WORST} of {len(rows):,} classes with the lowest recall")
         rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
-    report.say(f"\nthe {len(rows)} classes with the lowest recall")
     report.table(rows, formats=_FORMATS)
     for true, predicted, count in result.worst_confusions(5):
         report.say(f"confused: {true} taken for {predicted}: {count}")

@@ -220,10 +220,8 @@ class PackOptions(Options):
         try:
             return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(self.shard_size)
         except ValueError as error:
-            fix = "For example 256MB, 1GB or 512MiB"
-            raise UserError(
-                f"not a size: {self.shard_size!r}", where="shard_size", fix=fix
-            ) from error
+            what, fix = f"not a size: {self.shard_size!r}", "For example 256MB, 1GB or 512MiB"
+            raise UserError(what, where="shard_size", fix=fix) from error
 
 
 def pack(source: str, folder: str, options: PackOptions) -> Done:
