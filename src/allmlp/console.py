@@ -21,8 +21,6 @@ from rich.progress import (
 
 from allmlp.io import path_in_errors
 
-NONE: Mapping[str, str] = {}
-
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -52,7 +50,10 @@ class Reporter:
             self._flush()
 
     def table(
-        self, rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] = NONE
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        left: int = 1,
+        formats: Mapping[str, str] | None = None,
     ) -> None:
         """Prints rows by column, see `table_of`."""
         for line in table_of(rows, left, formats):
@@ -119,14 +120,14 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
 
 
 def table_of(
-    rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] = NONE
+    rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] | None = None
 ) -> list[str]:
     """Returns the lines of a table of rows by column; a dash where a row lacks a value."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(name: str, value: Any) -> str:
-        return "-" if value is None else format(value, formats.get(name, ""))
+        return "-" if value is None else format(value, (formats or {}).get(name, ""))
 
     return table(names, [[cell(name, row.get(name)) for name in names] for row in rows], left)
 

@@ -157,8 +157,9 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     for line in result.warnings():
         report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
+    report.say()
     if len(rows) > _WORST:
-        report.say(f"\nthe {_WORST} of {len(rows):,} classes with the lowest recall")
+        report.say(f"the {_WORST} of {len(rows):,} classes with the lowest recall")
         rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
     report.table(rows, formats=_FORMATS)
     for true, predicted, count in result.worst_confusions(5):
