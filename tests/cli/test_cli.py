@@ -89,7 +89,7 @@ FINETUNE = "finetune RUN --data ANIMALS"
         ("models --set token_groups", "KEY=VALUE"),
         ("models --weights --set num_blocks=2", "weights and settings exclude each other"),
         ("benchmark mixer_b16.i1k --set num_blocks=2", "its weights say what it is"),
-        ("benchmark --recipe digits --set num_blocks=2", "brings its own model"),
+        ("benchmark --recipe digits --set num_blocks=2", "recipe and settings exclude each other"),
         ("train --config CONFIG --resume RUN", "config and resume exclude each other"),
         ("finetune nowhere --data ANIMALS", "no such model: 'nowhere'"),
         ("finetune mixer_b16 --data ANIMALS", "'mixer_b16' is an architecture and has no weights"),

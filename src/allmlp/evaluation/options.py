@@ -226,9 +226,7 @@ class BenchmarkOptions(Options):
         if sizes is not None and (not sizes or len(set(sizes)) < len(sizes)):
             raise UserError(f"batch_sizes needs one or more, each once, got {sizes}")
         needs({"images": self.images}, "recipe", self.recipe)
-        if self.recipe is not None and self.settings:
-            what = f"settings {' '.join(self.settings)}: the recipe brings its own model"
-            raise UserError(what, where="settings", fix="Leave out settings or recipe")
+        exclusive(recipe=self.recipe, settings=self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
