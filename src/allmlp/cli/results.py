@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from allmlp.errors import UserError, near_names
+from allmlp.errors import UserError, one_of
 from allmlp.names import NAME
 from allmlp.options import ImageSize, Repeated
 
@@ -109,15 +109,13 @@ def as_flags(
     the others without those."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    by_flag = {f.metadata["flag"]: name for name, f in fields.items() if "flag" in f.metadata}
     typed = {word.partition("=")[0].replace("_", "-") for word in given}
     repeated: list[str] = []
     flags: list[str] = []
     for key, value in values.items():
-        field = fields.get(key.replace("-", "_"))
-        field = field or next((f for f in fields.values() if f.metadata.get("flag") == key), None)
-        if field is None:
-            fix = f"{near_names(key, fields)}Known: {', '.join(fields)}"
-            raise UserError(f"unknown option {key!r}", where="config", fix=fix, code="unknown-name")
+        name = one_of("option", key.replace("-", "_"), [*fields, *by_flag], where="config")
+        field = fields[by_flag.get(name, name)]
         flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
         if hints[field.name] == Repeated:
             pairs = value.items() if isinstance(value, dict) else ()
