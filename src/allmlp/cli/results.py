@@ -109,13 +109,12 @@ def as_flags(
     the others without those."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    by_flag = {f.metadata["flag"]: name for name, f in fields.items() if "flag" in f.metadata}
+    fields |= {f.metadata["flag"]: f for f in fields.values() if "flag" in f.metadata}
     typed = {word.partition("=")[0].replace("_", "-") for word in given}
     repeated: list[str] = []
     flags: list[str] = []
     for key, value in values.items():
-        name = one_of("option", key.replace("-", "_"), [*fields, *by_flag], where="config")
-        field = fields[by_flag.get(name, name)]
+        field = fields[one_of("option", key.replace("-", "_"), fields, where="config")]
         flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
         if hints[field.name] == Repeated:
             pairs = value.items() if isinstance(value, dict) else ()
