@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,20 @@ def make_class_folder(folder: Path, classes: dict[str, int], start: int = 0) -> 
         for number in range(count):
             draw(seed).save(folder / name / f"{number}.png")
             seed += 1
+    return folder
+
+
+def make_colours(
+    folder: Path, counts: dict[str, int], start: int = 0, wrong: Mapping[str, str] = {}
+) -> Path:
+    """FOLDER/<class>/<nn>.png, each class a colour with a little noise; `wrong` have another's."""
+    hues = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
+    random = np.random.default_rng(start)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for path in (f"{name}/{number:02}.png" for number in range(count)):
+            pixels = np.array(hues[wrong.get(path, name)]) + random.integers(-15, 15, (8, 8, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / path)
     return folder
 
 

@@ -85,13 +85,6 @@ def full(*values: int) -> np.ndarray:
     return np.broadcast_to(np.array(values), (SIDE, SIDE, len(values))).squeeze()
 
 
-def _two(first: tuple[int, ...], second: tuple[int, ...]) -> np.ndarray:
-    """As `full`, with one pixel, the upper left, of the first value."""
-    samples = full(*second).copy()
-    samples[0, 0] = first
-    return samples
-
-
 def _grey(value: int) -> tuple[int, int, int]:
     return (value, value, value)
 

@@ -17,6 +17,7 @@ import torch
 
 import allmlp as am
 from allmlp.cli.main import parse
+from allmlp.cli.table import _found
 from allmlp.cli.verbs import VERBS
 from allmlp.training.model import build_model
 from allmlp.weights.checkpoints import CHECKPOINTS
@@ -25,13 +26,7 @@ from conftest import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def found(path: str) -> tuple[Any, str]:
-    """The module and the name of "evaluate.command"."""
-    module, _, name = path.rpartition(".")
-    return importlib.import_module(f"allmlp.{module}"), name
-
-
-HELP = [getattr(*found(command.words.split()[0])).__doc__ or "" for command in VERBS.values()]
+HELP = [getattr(*_found(command.words.split()[0])).__doc__ or "" for command in VERBS.values()]
 
 
 def command_lines(text: str) -> list[str]:
@@ -50,12 +45,8 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
     """`mixer train` lines must also give a configuration whose network can be built."""
     calls: list[Any] = []
     words = shlex.split(re.sub(r"\s{2,}\(.*\)$", "", line))
-    is_name = len(words) == 2 and words[1] in VERBS
-    if is_name or words[1] == "COMMAND" or words[-1] in ("--help", "--version"):
-        return
-    if "--config" in words:  # the file is read
-        return
-    if words[1:] != ["train"] and " ".join(words[1:]) in VERBS:  # a name in a sentence
+    is_name = " ".join(words[1:]) in VERBS and words[1:] != ["train"]  # in a sentence
+    if is_name or words[1] == "COMMAND" or {"--help", "--version", "--config"} & set(words):
         return
     if is_training := words[1] == "train" and "--resume" not in words:
         monkeypatch.setattr("allmlp.training.train.train", lambda config, **_: calls.append(config))
@@ -64,7 +55,7 @@ def test_every_printed_command_parses(line: str, monkeypatch: pytest.MonkeyPatch
     else:
         for name, command in VERBS.items():
             if name.split()[0] == words[1]:
-                module, function = found(command.words.split()[1])
+                module, function = _found(command.words.split()[1])
                 monkeypatch.setattr(module, function, lambda *given: calls.append(given))
                 monkeypatch.setattr(module, "show", lambda *_: None, raising=False)
     parse([word for word in words[1:] if word not in ("--json", "--quiet", "--debug")])

@@ -1,33 +1,28 @@
 """Wrong labels are found, whatever the model's classes; training takes the list of suspects."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import allmlp as am
 from allmlp.data.fingerprint import exclude, read_exclude_list
 from allmlp.data.sources import open_splits
 from allmlp.label_mistakes import FILES, confident_learning
-from conftest import mixer, refused, tiny_model
+from conftest import make_colours, mixer, refused, tiny_model
 
-HUES = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
 WRONG = {"train/blue/03.png": "red", "train/red/07.png": "green", "val/green/02.png": "blue"}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three classes of a colour each, three images in wrong folders, and a copy of one of them."""
-    random = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
-        for name in HUES:
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for number in range(count):
-                path = f"{split}/{name}/{number:02}.png"
-                pixels = np.array(HUES[WRONG.get(path, name)]) + random.integers(-15, 15, (8, 8, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / path)
+        wrong = {path.removeprefix(f"{split}/"): name for path, name in WRONG.items()}
+        counts = dict.fromkeys(("blue", "green", "red"), count)
+        make_colours(tmp_path / "data" / split, counts, count, wrong)
     copy = (tmp_path / "data/train/blue/03.png").read_bytes()
     (tmp_path / "data/train/red/copy.png").write_bytes(copy)
     return tmp_path / "data"
@@ -79,18 +74,14 @@ def test_a_class_of_one_image_is_not_judged(data: Path):
     assert any("odd" in note for note in found.notes)
 
 
-def test_one_class_is_refused(tmp_path: Path):
-    (tmp_path / "data" / "only").mkdir(parents=True)
-    for number in range(3):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "data" / "only" / f"{number}.png")
-    with pytest.raises(am.UserError, match="two classes"):
-        am.find_label_mistakes(tiny_model(num_classes=0), tmp_path / "data", num_workers=0)
-
-
-def test_images_of_which_none_can_be_decoded(data: Path):
+def test_data_that_is_refused(data: Path):
     for path in data.rglob("*.png"):
         path.write_bytes(b"damaged")
     with pytest.raises(am.UserError, match="none of the images can be decoded"):
+        am.find_label_mistakes(tiny_model(num_classes=0), data, num_workers=0)
+    for folder in [*data.glob("*/green"), *data.glob("*/red")]:
+        shutil.rmtree(folder)
+    with pytest.raises(am.UserError, match="two classes"):
         am.find_label_mistakes(tiny_model(num_classes=0), data, num_workers=0)
 
 

@@ -1,68 +1,33 @@
-from dataclasses import dataclass
-from pathlib import Path
+"""Flags and keywords from one dataclass: parsed, converted, checked and explained."""
+
+import importlib
 
 import pytest
 
-from allmlp.cli.table import Command
-from allmlp.errors import at_least
-from allmlp.options import ComputeOptions, ImageSize, Repeated, make
+from allmlp.cli.main import parse
+from allmlp.evaluation.options import BenchmarkOptions, EvaluateOptions
+from allmlp.options import make
 from conftest import user_error
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToyOptions(ComputeOptions):
-    """Do something.
-
-    Examples:
-        mixer toy runs/a --output b
-    """
-
-    output: Path
-    """The file to write."""
-    image_size: ImageSize | None = None
-    """Another size than
-    its own."""
-    set: Repeated = ()
-    """More settings."""
-
-    def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+def test_flags_come_from_the_dataclass(monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module("allmlp.benchmark")
+    monkeypatch.setattr(module, "command", lambda *given: given)
+    monkeypatch.setattr(module, "show", lambda *_: 3)
+    line = "benchmark a b --image-size 192x256 --set a=1 --set b=2 --output c"
+    options = BenchmarkOptions(image_size=(192, 256), settings=("a=1", "b=2"), output="c")
+    assert parse(line.split()) == (3, (("a", "b"), options))
 
 
-def toy(model: str, options: ToyOptions) -> tuple[str, ToyOptions]:
-    return model, options
-
-
-def show(result: tuple[str, ToyOptions], options: ToyOptions) -> int:
-    print(result)
-    return 3
-
-
-COMMAND = Command("toy.ToyOptions toy.toy model", "A toy.")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.import_module", lambda name: __import__("sys").modules[__name__])
-    return lambda *words: COMMAND.run("toy", list(words))
-
-
-def test_flags_come_from_the_dataclass(run, capsys):
-    words = ["runs/a", "--output", "b", "--image-size", "192x256", "--set", "a=1", "--set", "b=2"]
-    assert run(*words)[0] == 3
-    expected = ToyOptions(output=Path("b"), image_size=(192, 256), set=("a=1", "b=2"))
-    assert capsys.readouterr().out.strip() == str(("runs/a", expected))
-
-
-def test_the_help_has_summary_examples_and_the_text_of_each_field(run, capsys):
+def test_the_help_has_summary_examples_and_the_text_of_each_field(capsys):
     with pytest.raises(SystemExit) as stopped:
-        run("--help")
-    assert stopped.value.code == 0
+        parse(["evaluate", "--help"])
+    assert not stopped.value.code
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
-        "Do something.",
-        "mixer toy runs/a",
-        "Another size than its own.",
+        "Measure a trained model: top-1",
+        "mixer evaluate runs/flowers --data FOLDER",
+        "auto uses bfloat16 if the device is fast at it and the model large enough",
         "(default: 64)",
     ):
         assert part in text
@@ -70,37 +35,37 @@ def test_the_help_has_summary_examples_and_the_text_of_each_field(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "line",
     [
-        ("a",),
-        ("--output", "b"),
-        ("a", "--output", "b", "--precision", "int3"),
-        ("a", "--output", "b", "--image-size", "2x2x2"),
-        ("a", "--output", "b", "--image-size", "9" * 5000),
+        "evaluate a",
+        "evaluate --data b",
+        "evaluate a --data b --precision int3",
+        "evaluate a --data b --image-size 2x2x2",
+        f"evaluate a --data b --image-size {'9' * 5000}",
     ],
 )
-def test_wrong_flags_end_with_exit_code_2(run, words):
+def test_wrong_flags_end_with_exit_code_2(line):
     with user_error("usage"):
-        run(*words)
+        parse(line.split())
 
 
 def test_make_takes_an_object_keywords_or_both():
-    options = make(ToyOptions, None, {"output": "x"})
-    assert options.output == Path("x")
-    assert make(ToyOptions, options, {"batch_size": 3}).batch_size == 3
-    assert make(ToyOptions, options, {}) == options
+    options = make(EvaluateOptions, None, {"data": "x", "batch_size": "3"})
+    assert options == EvaluateOptions(data="x", batch_size=3)
+    assert make(EvaluateOptions, options, {"batch_size": 5}).batch_size == 5
+    assert make(EvaluateOptions, options, {}) == options
 
 
 @pytest.mark.parametrize(
     ("fields", "code", "named"),
     [
-        ({"output": "x", "batchsize": 3}, "unknown-name", "batch_size"),
-        ({"output": "x", "num_workers": "few"}, "wrong-type", "few"),
-        ({"output": "x", "precision": "float8"}, "unknown-name", "float8"),
-        ({"output": "x", "batch_size": 0}, "out-of-range", "0"),
-        ({}, "missing", "output"),
+        ({"data": "x", "batchsize": 3}, "unknown-name", "batch_size"),
+        ({"data": "x", "num_workers": "few"}, "wrong-type", "few"),
+        ({"data": "x", "precision": "float8"}, "unknown-name", "float8"),
+        ({"data": "x", "crop": 0}, "out-of-range", "0"),
+        ({}, "missing", "data"),
     ],
 )
 def test_wrong_fields(fields, code, named):
     with user_error(code, named):
-        make(ToyOptions, None, fields)
+        make(EvaluateOptions, None, fields)

@@ -95,21 +95,14 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         report.say(f"warning  {line}", style="yellow")
     has_temperature = net.decision.temperature != 1.0
     if not has_temperature:
-        few = f"there are fewer than {LEAST_IMAGES} images"
-        why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
-        why = why if result.rows is None else "the logits of so many images are not kept"
-        report.say(f"no temperature: {why}")
+        few = f"fewer than {LEAST_IMAGES} images, or too many to keep their logits"
+        report.say(f"no temperature: {few}, or one would not lower the loss")
     for line in summary(net.decision):
         report.say(line)
     if not result.is_multi_label:
         measured = cross_calibrated(result) if has_temperature else result
-        cells = []
-        for row in coverage_table(measured, _THRESHOLDS):
-            cells.append({"unsure below": f"{row['threshold']:.4g}"})
-            cells[-1]["answered"] = f"{row['coverage']:.2%}"
-            if row["accuracy"] is not None:
-                cells[-1]["accuracy of the answers"] = f"{row['accuracy']:.2%}"
-        report.say()
-        report.table(cells)
+        formats = {"threshold": ".4g", "coverage": ".2%", "accuracy": ".2%"}
+        report.say('\nbelow each threshold the answer is "unsure"; accuracy of the others')
+        report.table(coverage_table(measured, _THRESHOLDS), formats=formats)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

@@ -45,8 +45,13 @@ class Reporter:
         self._said.append(text)
         self._flush()
 
-    def table(self, rows: Iterable[Mapping[str, str]], left: int = 1) -> None:
-        for line in table_of(rows, left):
+    def table(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        left: int = 1,
+        formats: Mapping[str, str] | None = None,
+    ) -> None:
+        for line in table_of(rows, left, formats):
             self.say(line)
 
     def log_to(self, path: Path) -> None:
@@ -107,11 +112,17 @@ def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]
     return [line(headers), rule, *(line(row) for row in rows)]
 
 
-def table_of(rows: Iterable[Mapping[str, str]], left: int = 1) -> list[str]:
-    """Returns the lines of a table of rows by column; a dash where a row lacks a column."""
+def table_of(
+    rows: Iterable[Mapping[str, Any]], left: int = 1, formats: Mapping[str, str] | None = None
+) -> list[str]:
+    """Returns the lines of a table of rows by column; a dash where a row lacks a value."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return table(names, [[row.get(name, "-") for name in names] for row in rows], left)
+
+    def cell(name: str, value: Any) -> str:
+        return "-" if value is None else format(value, (formats or {}).get(name, ""))
+
+    return table(names, [[cell(name, row.get(name)) for name in names] for row in rows], left)
 
 
 def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:

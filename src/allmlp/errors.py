@@ -1,15 +1,11 @@
-"""UserError: an error caused by user input rather than a bug.
-
-Every message says what is wrong (with the value), where, and how to fix it. On the command line it
-exits with code 2 and no traceback; in Python it is a subclass of ValueError.
-"""
+"""UserError: an error caused by user input rather than a bug; on the command line, exit code 2."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import errno
-import heapq
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,21 +41,11 @@ class UserError(ValueError):
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """Returns 'Did you mean X or Y? ' for known names similar to `name`, or ''.
-
-    The last part of a dotted name matches too, and so does a part of a name: ema, ema_decay.
-    """
-    wanted = name.lower()
-
-    def likeness(candidate: str) -> float:
-        ends = {candidate.lower(), candidate.lower().rpartition(".")[2]}
-        is_part = len(wanted) > 2 and any(wanted in end for end in ends)
-        alike = max(difflib.SequenceMatcher(None, end, wanted).ratio() for end in ends)
-        return max(alike, 0.65 * is_part)
-
-    near = heapq.nlargest(3, ((likeness(candidate), candidate) for candidate in known))
-    names = [candidate for likely, candidate in near if likely >= 0.65]
-    return f"Did you mean {' or '.join(names)}? " if names else ""
+    """Returns 'Did you mean X or Y? ' for known names similar to `name`, or ''."""
+    whole = {candidate.lower(): candidate for candidate in known}
+    names = {key.rpartition(".")[2]: candidate for key, candidate in whole.items()} | whole
+    near = difflib.get_close_matches(name.lower(), names, cutoff=0.65)
+    return f"Did you mean {' or '.join(dict.fromkeys(names[key] for key in near))}? " * bool(near)
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) -> Any:
@@ -72,24 +58,16 @@ def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) 
     return value
 
 
-def at_least(name: str, value: Any, least: float, where: object = None) -> Any:
+def at_least(name: str, value: Any, least: float) -> Any:
     """Returns the value if None or at least `least` (not NaN)."""
-    if value is not None and not value >= least:
-        what = f"{name} must be at least {least}, got {value!r}"
-        raise UserError(what, where=where, code="out-of-range")
-    return value
+    return between(name, value, least, math.inf)
 
 
-def between(
-    name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False
-) -> Any:
-    """Returns the value if None or in [low, high]; `above` and `below` exclude the bounds."""
-    if value is None:
-        return None
-    is_in = low <= value <= high and not (above and value == low) and not (below and value == high)
-    if not is_in:
-        least, most = "above" if above else "at least", "below" if below else "at most"
-        what = f"{name} must be {least} {low} and {most} {high}, got {value!r}"
+def between(name: str, value: Any, low: float, high: float) -> Any:
+    """Returns the value if None or in [low, high]."""
+    if value is not None and not low <= value <= high:
+        most = "" if high == math.inf else f" and at most {high}"
+        what = f"{name} must be at least {low}{most}, got {value!r}"
         raise UserError(what, code="out-of-range")
     return value
 
@@ -165,11 +143,6 @@ def named_memory_errors() -> Iterator[None]:
         text = str(error)
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, text):
             raise
-        asked = re.search(r"(?:allocate|buffer of size:?) (\d+(?: bytes)?|[\d.]+ .?iB)", text)
-        what = "there is not enough memory"
-        if asked:
-            amount = asked[1].removesuffix(" bytes")
-            amount = f"{int(amount) / 2**30:,.2f} GiB" if amount.isdecimal() else amount
-            what += f": {amount} were asked for at once"
+        what = f"there is not enough memory: {text[:200]}".removesuffix(": ")
         fix = "Reduce batch_size, image_size or num_workers, or use a smaller model"
         raise UserError(what, fix=fix) from error

@@ -19,7 +19,7 @@ from allmlp.evaluation.metrics import FILES, Evaluation, check_logits, evaluate_
 from allmlp.evaluation.options import EvaluateOptions
 from allmlp.evaluation.predictor import Outputs, predictor_for
 from allmlp.evaluation.result_file import measured_on
-from allmlp.io import check_not_inputs, check_output_folder, expand
+from allmlp.io import expand, made_folder
 from allmlp.models.layers import Classifier, check_trained, classes_of, preprocessing_of
 from allmlp.options import make
 from allmlp.plots import EVALUATION, save_evaluation
@@ -31,6 +31,8 @@ from allmlp.training.report import REPORT, evaluation_report
 from allmlp.weights.checkpoints import imagenet_classes
 
 _WORST = 20  # number of classes printed
+_FRACTIONS = ("recall", "precision", "f1", "average_precision", "threshold")
+_FORMATS = {"images": ",", "correct": ",", **dict.fromkeys(_FRACTIONS, ".1%")}
 
 
 def evaluate(
@@ -70,10 +72,6 @@ def evaluate(
         options = replace(options, device="cpu")
     with ExitStack() as stack:
         world, chosen = stack.enter_context(join_world(options.device))
-        folder = None if options.output is None or not world.is_main else expand(options.output)
-        names = [*FILES, *(f"{name}.png" for name in EVALUATION), REPORT]
-        if folder is not None:
-            check_output_folder(folder, names, overwrite=options.overwrite)
         stays = not isinstance(model, str | Path) and options.device == "auto" and world.size == 1
         net = load_any(model, **options.loading)
         check_trained(net)
@@ -89,10 +87,13 @@ def evaluate(
         labels = None
         if options.real is not None:
             labels = open_real(options.real, source, classes_of(net), imagenet_classes())
-        if folder is not None:
-            items = map(source.item_name, range(len(source)))
-            check_not_inputs([folder, *map(folder.joinpath, names)], read_from(options.data), items)
-            folder.mkdir(parents=True, exist_ok=True)  # fail early
+        folder = made_folder(
+            options.output if world.is_main else None,
+            [*FILES, *(f"{name}.png" for name in EVALUATION), REPORT],
+            overwrite=options.overwrite,
+            inputs=read_from(options.data),
+            images=map(source.item_name, range(len(source))),
+        )
         bar = stack.enter_context(report.progress(len(source) // world.size, "images"))
 
         def advance(outputs: Outputs) -> None:
@@ -156,25 +157,13 @@ def show(result: Evaluation, options: EvaluateOptions) -> int:
     for line in result.warnings():
         report.say(f"warning  {line}", style="yellow")
     rows = [row for row in result.per_class() if row["images"]]
+    report.say()
     if len(rows) > _WORST:
-        report.say(f"\nthe {_WORST} worst of {plural(len(rows), 'class')} (all with output)")
+        report.say(f"the {_WORST} of {len(rows):,} classes with the lowest recall")
         rows = sorted(rows, key=lambda row: row["recall"])[:_WORST]
-    else:
-        report.say()
-    titles = {"recall": "recall", "precision": "precision", "f1": "F1"}
-    if result.is_multi_label:
-        titles |= {"average_precision": "AP", "threshold": "threshold"}
-    shown = []
-    for row in rows:
-        shown.append({"class": row["class"], "images": f"{row['images']:,}"})
-        for name, title in titles.items():
-            shown[-1][title] = "-" if row[name] is None else f"{row[name]:.1%}"
-    report.table(shown)
-    confusions = result.worst_confusions(5)
-    if confusions:
-        report.say("\nmost often confused")
-        for true, predicted, count in confusions:
-            report.say(f"  {true} taken for {predicted}: {count}")
+    report.table(rows, formats=_FORMATS)
+    for true, predicted, count in result.worst_confusions(5):
+        report.say(f"confused: {true} taken for {predicted}: {count}")
     if options.output is not None:
         report.say(f"written  {expand(options.output)}")
         report.say(f"report   {expand(options.output) / REPORT}")

@@ -126,6 +126,24 @@ def check_not_inputs(
             raise UserError(what, where=output, fix="Give a place outside of it")
 
 
+def made_folder(
+    output: str | None,
+    names: Iterable[str],
+    *,
+    overwrite: bool,
+    inputs: Iterable[str | Path],
+    images: Iterable[str] = (),
+) -> Path | None:
+    """Makes the folder that these files are written to, if one is named and none is an input."""
+    if output is None:
+        return None
+    folder, names = expand(output), list(names)
+    check_output_folder(folder, names, overwrite=overwrite)
+    check_not_inputs([folder, *map(folder.joinpath, names)], inputs, images)
+    folder.mkdir(parents=True, exist_ok=True)  # fail before the work
+    return folder
+
+
 def _identity(path: str | Path) -> tuple[int, int] | None:
     try:
         found = os.stat(path)

@@ -31,7 +31,7 @@ from allmlp.evaluation.features import cache_path, frozen_features, opened_model
 from allmlp.evaluation.options import LabelMistakesOptions
 from allmlp.evaluation.predictor import predictor_for
 from allmlp.evaluation.probe import out_of_fold
-from allmlp.io import atomic_write_all, check_not_inputs, check_output_folder, csv_text, expand
+from allmlp.io import atomic_write_all, check_not_inputs, csv_text, expand, made_folder
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.training.own_images import counted
@@ -104,16 +104,14 @@ class LabelMistakes:
         excluded = exclude_list(self.splits, rows, self.data)
         files = {"mistakes.csv": csv_text(table), "exclude.txt": excluded}
         atomic_write_all({folder / name: text for name, text in files.items()})
-        shown = self.ranked[:_ON_SHEET]
-        captions = [
-            f"{plots.shorten(image.label, 20)}\n-> {plots.shorten(image.suggestion, 14)} "
-            f"{image.suggestion_probability:.0%}"
-            for image in shown
-        ]
-        colors = [plots.RED if image.suspected else "" for image in shown]
+        cells: list[plots.Cell] = []
+        for image in self.ranked[:_ON_SHEET]:
+            label, suggestion = plots.shorten(image.label, 20), plots.shorten(image.suggestion, 14)
+            caption = f"{label}\n-> {suggestion} {image.suggestion_probability:.0%}"
+            pixels = plots.thumbnail(self.splits[image.split], image.index)
+            cells.append((pixels, caption, plots.RED if image.suspected else ""))
         title = f"{self.data}: label -> suggestion, {len(self.suspected):,} suspected (red)"
-        images = [plots.thumbnail(self.splits[image.split], image.index) for image in shown]
-        plots.save(plots.grid(images, captions, title, colors=colors), folder / "mistakes.png")
+        plots.save(plots.grid(cells, title), folder / "mistakes.png")
 
 
 def find_label_mistakes(
@@ -138,10 +136,6 @@ def find_label_mistakes(
     """
     options = make(LabelMistakesOptions, data, fields, "data")
     report, cache = report or Reporter(quiet=True), cache_path(options)
-    folder = None if options.output is None else expand(options.output)
-    outputs = [path for path in (folder, cache) if path is not None]
-    if folder is not None:
-        check_output_folder(folder, FILES, overwrite=options.overwrite)
     splits = open_splits(options.data)
     names = list(dict.fromkeys(name for split in splits.values() for name in split.class_names))
     splits = {name: relabel(split, names) for name, split in splits.items()}
@@ -150,10 +144,10 @@ def find_label_mistakes(
         raise UserError("the images are of fewer than two classes", where=options.data)
     inputs = [*read_from(options.data)]
     inputs += [] if isinstance(model, ImageClassifier) else files_of(str(model))
-    outputs += [] if folder is None else map(folder.joinpath, FILES)
-    check_not_inputs(outputs, inputs, map(source.item_name, range(len(source))))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fail early
+    check_not_inputs([] if cache is None else [cache], inputs)
+    images = map(source.item_name, range(len(source)))
+    overwrite = options.overwrite
+    folder = made_folder(options.output, FILES, overwrite=overwrite, inputs=inputs, images=images)
     with report.progress(len(source), "images") as bar:
         net, device = opened_model(model, options)
         predictor = predictor_for(options, net, device)
@@ -175,21 +169,14 @@ def find_label_mistakes(
         is_single = np.bincount(labels, minlength=len(names))[labels] < 2
         suggestions = [names[at] for at in other]
         right = probabilities.argmax(axis=1) == labels
-    scores = np.where(is_single, np.inf, own)
     places = [(split, at) for split, images in splits.items() for at in range(len(images))]
-    ranked = [
-        RankedLabel(
-            *places[image],
-            name=source.item_name(image),
-            label=source.label_text(image),
-            label_probability=float(own[at]),
-            suggestion=suggestions[at],
-            suggestion_probability=float(likely[at]),
-            suspected=bool(suspected[at] and not is_single[at]),
-        )
-        for at in np.argsort(scores, kind="stable")
-        for image in [int(features.indices[at])]
-    ]
+    suspected, ranked = suspected & ~is_single, []
+    for row in np.argsort(np.where(is_single, np.inf, own), kind="stable").tolist():
+        image = int(features.indices[row])
+        place = (*places[image], source.item_name(image))
+        label = (source.label_text(image), float(own[row]))
+        suggestion = (suggestions[row], float(likely[row]))
+        ranked.append(RankedLabel(*place, *label, *suggestion, bool(suspected[row])))
     notes = [*notes_of(splits), *features.notes]
     if is_single.any():
         alone = ", ".join([names[at] for at in np.flatnonzero(source.class_counts() == 1)][:8])
@@ -207,9 +194,8 @@ def find_label_mistakes(
 def _of_several(
     probabilities: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns of each image with several labels (N,): how probable its least probable entry is,
-    label or absence of one; the class of that entry; whether any entry is suspected, each class by
-    itself; whether that entry is the only label of its class."""
+    """Returns of each image (N,): how probable its least probable entry is, label or absence; its
+    class; whether any entry is suspected; whether that entry is the only label of its class."""
     likely = np.where(labels, probabilities, 1.0 - probabilities)
     flagged = [
         confident_learning(np.stack([1.0 - p, p], axis=1), truth.astype(np.int64))[1]

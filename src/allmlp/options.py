@@ -1,8 +1,4 @@
-"""Options: one frozen dataclass defines a command's flags, a function's keywords and the JSON.
-
-The dataclass lives in the module that owns the command, with a docstring under each field. The
-function starts with `options = make(ExportOptions, options, fields)`.
-"""
+"""Options: one frozen dataclass defines a command's flags, a function's keywords and the JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -143,13 +140,6 @@ _CODES = {
     **dict.fromkeys(("missing", "missing_argument", "missing_keyword_only_argument"), "missing"),
 }
 
-_WORDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
-
 
 def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
     first, path, inner = errors[0], [], values
@@ -167,8 +157,6 @@ def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
         return OptionError(name, f"unknown option {name!r}", fix, code)
     rules = dict.fromkeys(error["msg"] for error in errors)  # a union has one per member
     rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
-    for theirs, ours in _WORDS.items():
-        rule = rule.replace(theirs, ours)
     what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
     return OptionError(name, what, None, code)
 
@@ -207,32 +195,20 @@ def assignments(texts: Iterable[str], where: str = "set") -> dict[str, Any]:
     return {key: literal(value) for key, value in assigned(texts, where).items()}
 
 
-def documentation(kind: type) -> dict[str, str]:
-    """Returns the docstring under each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if dataclasses.is_dataclass(base):
-            found |= _own_documentation(base)
-    for field in dataclasses.fields(kind):
-        if "doc" in field.metadata:
-            found[field.name] = field.metadata["doc"]
-    return found
-
-
 @functools.cache  # parsing takes milliseconds, and every flag asks
 def _definitions(module: str) -> dict[str, ast.ClassDef]:
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
-def _own_documentation(kind: type) -> dict[str, str]:
-    definition = _definitions(kind.__module__).get(kind.__name__)
-    found, name = {}, None
-    # A class from make_dataclass has no definition; its fields have metadata["doc"].
-    for node in definition.body if definition else ():
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            found[name] = inspect.cleandoc(str(node.value.value)).replace("\n", " ")
-            name = None
-    return found
+def documentation(kind: type) -> dict[str, str]:
+    """Returns the docstring under each field of a dataclass and its bases, or its metadata's."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        known = _definitions(base.__module__) if dataclasses.is_dataclass(base) else {}
+        body = known[base.__name__].body if base.__name__ in known else []
+        for node, text in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(node.target)] = inspect.cleandoc(ast.literal_eval(text.value))
+    found |= {f.name: f.metadata["doc"] for f in dataclasses.fields(kind) if "doc" in f.metadata}
+    return {name: text.replace("\n", " ") for name, text in found.items()}

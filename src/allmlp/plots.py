@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from allmlp.data.check import Duplicates
 
 Evaluation = Any  # class in evaluation/, which imports from here
+# An image or none, its caption, and the color of caption and frame, or "".
+Cell = tuple[NDArray[np.uint8] | None, str, str]
 # Files written by `save_evaluation`.
 EVALUATION = ("confusion", "reliability", "predictions", "worst_mistakes")
 GREEN, RED, GREY = "#1a7f37", "#cf222e", "#888888"
@@ -40,6 +42,10 @@ _FONTS = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Micr
 _FONTS += ("Malgun Gothic", "Yu Gothic", "Nirmala UI", "PingFang SC", "Arial Unicode MS")
 _MAX_NUMBERED, _MAX_NAMED = 20, 60  # classes up to which cells show counts, axes all names
 _MAX_SAMPLES, _MAX_PAIRS = 72, 24
+# Columns of results.csv by preference: the second with several labels per image, the third where
+# no image has one.
+_MAIN = {"validation_top1": "accuracy", "validation_mean_average_precision": "mAP"}
+_MAIN |= {"validation_micro_f1": "micro F1"}
 _THUMBNAIL = 224  # longer side in pixels
 
 
@@ -102,27 +108,18 @@ def show(axes: Axes, pixels: NDArray[Any], **options: Any) -> Any:
     return axes.imshow(pixels, interpolation="nearest", **options)
 
 
-def grid(
-    images: Sequence[NDArray[np.uint8] | None],
-    captions: Sequence[str],
-    title: str,
-    *,
-    columns: int | None = None,
-    colors: Sequence[str] = (),
-) -> Figure:
-    """Returns a grid of images with a caption above each; None leaves a cell empty.
-
-    `colors` apply to captions and frames; black and grey by default.
-    """
-    count = max(len(images), 1)
+def grid(cells: Sequence[Cell], title: str, columns: int | None = None) -> Figure:
+    """Returns a grid of images with a caption above each."""
+    count = max(len(cells), 1)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
-    lines = max((caption.count("\n") + 1 for caption in captions), default=1)
+    lines = max((caption.count("\n") + 1 for _, caption, _ in cells), default=1)
     figure = new_figure(max(1.4 * columns, 5.0), (1.35 + 0.15 * lines) * rows + 0.5)
     figure.suptitle(escape(title), fontsize=10)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, image, caption, color in zip_longest(panels, images, captions, colors):
-        axes.set_title(caption or "", fontsize=8, color=color or "black")
+    empty: list[Cell] = [(None, "", "")] * (rows * columns - len(cells))
+    for axes, (image, caption, color) in zip(panels, [*cells, *empty], strict=True):
+        axes.set_title(caption, fontsize=8, color=color or "black")
         if image is None:
             axes.set_axis_off()
             continue
@@ -214,26 +211,25 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 def reliability_diagram(evaluation: Evaluation) -> Figure:
     """Returns accuracy against confidence in 15 bins, with the number of images per bin."""
     bins = evaluation.reliability
+    what = ("accuracy", "probability of the predicted class", "images")
+    if evaluation.is_multi_label:
+        what = ("fraction that has the label", "probability of a label", "labels of images")
     width = 1.0 / len(bins.images)
     middle = (np.arange(len(bins.images)) + 0.5) * width
     figure = new_figure(6.0, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     filled = bins.images > 0
     accuracy = bins.correct[filled] / bins.images[filled]
-    several = evaluation.is_multi_label
-    named = "fraction that has the label" if several else "accuracy"
-    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label=named)
+    upper.bar(middle[filled], accuracy, 0.92 * width, color="#4c78a8", label=what[0])
     confidence = bins.confidence[filled] / bins.images[filled]
     upper.plot(confidence, accuracy, "o", color="#222222", ms=4, label="at the mean confidence")
     upper.plot([0, 1], [0, 1], "--", color=GREY, label="perfect calibration")
-    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=named)
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=what[0])
     upper.legend(loc="upper left", fontsize=8)
     title = f"{escape(evaluation.data)}: expected calibration error {bins.error:.2%}, "
     upper.set_title(title + plural(len(evaluation.labels), "image"), fontsize=10)
     lower.bar(middle, bins.images, 0.92 * width, color="#bbbbbb")
-    confidence_of = "probability of a label" if several else "probability of the predicted class"
-    count_of = "labels of images" if several else "images"
-    lower.set(xlabel=f"confidence ({confidence_of})", ylabel=count_of)
+    lower.set(xlabel=f"confidence ({what[1]})", ylabel=what[2])
     return figure
 
 
@@ -247,30 +243,24 @@ def prediction_grid(evaluation: Evaluation, source: Source, most: int = 36) -> F
 
 
 def worst_mistakes(evaluation: Evaluation, source: Source, most: int = 25) -> Figure:
-    """Returns the misclassified images whose true class has the lowest probability.
-
-    If there are none, the correct ones with the lowest confidence.
-    """
+    """Returns the images whose true class is least probable: the misclassified ones, if any."""
     order, wrong = np.argsort(-evaluation.losses, kind="stable"), evaluation.mistakes()
-    if len(wrong):
-        title = f"{evaluation.data}: {len(wrong)} mistakes of {len(order)}, worst first"
-        return _predictions(evaluation, source, wrong[:most], title)
-    title = f"{evaluation.data}: no mistakes of {len(order)}, least certain first"
-    return _predictions(evaluation, source, order[:most], title)
+    what = f"{len(wrong)} mistakes of {len(order)}, the least probable truth first"
+    rows = (wrong if len(wrong) else order)[:most]
+    return _predictions(evaluation, source, rows, f"{evaluation.data}: {what}")
 
 
 def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title: str) -> Figure:
-    captions, colors, correct = [], [], evaluation.correct
+    cells: list[Cell] = []
     for row in rows:
+        index, is_correct = int(evaluation.indices[row]), evaluation.correct[row]
         lines = [f"{shorten(name)} {value:.0%}" for name, value in evaluation.predicted(row)[:3]]
         lines = lines or ["none"]
-        if not correct[row]:
-            true = source.label_text(int(evaluation.indices[row])) or "none"
-            lines.append(f"true: {shorten(true)}")
-        captions.append("\n".join(lines))
-        colors.append(GREEN if correct[row] else RED)
-    images = [thumbnail(source, int(index)) for index in evaluation.indices[rows]]
-    return grid(images, captions, title, colors=colors)
+        if not is_correct:
+            lines.append(f"true: {shorten(source.label_text(index) or 'none')}")
+        color = GREEN if is_correct else RED
+        cells.append((thumbnail(source, index), "\n".join(lines), color))
+    return grid(cells, title)
 
 
 # Training
@@ -279,30 +269,21 @@ def _predictions(evaluation: Evaluation, source: Source, rows: np.ndarray, title
 def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns loss, accuracy and learning rate over epochs, from metrics.jsonl and results.csv."""
     needed = {"epoch", "loss", "learning_rate"}
-    steps = [line for line in metrics if needed <= line.keys()]
+    steps = [line for line in metrics if needed <= line.keys()]  # none in a damaged log
     rows = [{key: float(value) for key, value in row.items()} for row in results]
-    epochs = np.array([step["epoch"] for step in steps])
-    losses = np.array([step["loss"] for step in steps])
-    evaluated = [row["epoch"] for row in rows]
+    epochs, evaluated = [step["epoch"] for step in steps], [row["epoch"] for row in rows]
     figure = new_figure(13, 4)
     loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
-    loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    if steps:  # none in a damaged log
+    if steps:
+        losses = np.array([step["loss"] for step in steps])
+        loss.plot(epochs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         loss.plot(epochs, _smooth(losses), color="tab:blue", label="training, with augmentation")
-    loss.set(title="loss", xlabel="epoch", yscale="log")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    loss.yaxis.set_major_formatter(plain)
-    accuracy.set(title="validation accuracy (%)", xlabel="epoch")
     accuracy.grid(alpha=0.3)
     if rows:
         validation = [row["validation_loss"] for row in rows]
         loss.plot(evaluated, validation, color="tab:orange", marker=".", label="validation")
-        main = "validation_top1"
-        if main not in rows[0]:  # several labels per image
-            main, title = "validation_mean_average_precision", "mAP"
-            if any(main not in row for row in rows):  # no image has a label
-                main, title = "validation_micro_f1", "micro F1"
-            accuracy.set(title=f"validation {title} (%)")
+        main = next(name for name in _MAIN if all(name in row for row in rows))
+        accuracy.set(title=f"validation {_MAIN[main]} (%)")
         top1 = [100 * row[main] for row in rows]
         balanced = [100 * row.get("validation_balanced_accuracy", math.nan) for row in rows]
         best = int(np.argmax([row["best"] * row["epoch"] for row in rows]))
@@ -314,14 +295,14 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
             accuracy.plot(evaluated, balanced, color="tab:red", clip_on=False, label="balanced")
         accuracy.legend()
         lowest = np.nanmin([top1, balanced])
-        room = max(0.15 * (100 - lowest), 0.5)
-        accuracy.set_ylim(max(lowest - room, 0), 100)  # no margin above 100 %
-    else:
-        accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
-    low, high = loss.get_ylim()
-    loss.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+        accuracy.set_ylim(max(lowest - max(0.15 * (100 - lowest), 0.5), 0), 100)  # no margin above
     if steps or rows:
         loss.legend()
+    loss.set(title="loss", xlabel="epoch", yscale="log")
+    plain, (low, high) = FuncFormatter(lambda value, _: f"{value:g}"), loss.get_ylim()
+    loss.yaxis.set_major_formatter(plain)
+    loss.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+    accuracy.set(xlabel="epoch")
     rate.plot(epochs, [step["learning_rate"] for step in steps], color="tab:gray")
     rate.set(title="learning rate", xlabel="epoch")
     return figure
@@ -345,18 +326,18 @@ def training_batch(
         images = [curve(row) for row in values.cpu().numpy()]
     else:
         images = values.mul(255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
-    captions = []
-    for target in targets[:count]:
+    cells: list[Cell] = []
+    for image, target in zip(images, targets, strict=False):
         weights, classes = target.topk(min(2, len(class_names)))
         parts = [
             shorten(class_names[index]) + (f" {weight:.0%}" if weight < 0.995 else "")
             for weight, index in zip(weights.tolist(), classes.tolist(), strict=True)
             if weight > 0.005
         ]
-        captions.append("\n".join(parts))
+        cells.append((image, "\n".join(parts), ""))
     height, width = preprocessing.image_size
     title = f"the first training batch as the model sees it ({height}x{width} pixels)"
-    return grid(list(images), captions, title)
+    return grid(cells, title)
 
 
 # Data check
@@ -386,31 +367,25 @@ def samples(source: Source, seed: int = 0) -> Figure:
         chosen = present[np.linspace(0, len(present) - 1, _MAX_SAMPLES).round().astype(int)]
         title = f"{source.name}: one image of each of {_MAX_SAMPLES} out of {classes}"
     random = np.random.default_rng(seed)
-    images, captions = [], []
+    cells: list[Cell] = []
     for label in chosen:
-        members = random.permutation(source.of_class(int(label)))
-        found = []
-        for index in members[: 2 * per_class]:  # spares for unreadable images
-            image = thumbnail(source, int(index)) if len(found) < per_class else None
-            if image is not None:
-                found.append(image)
-        images += [*found, *[None] * (per_class - len(found))]
-        captions += [shorten(source.class_names[label], 14), *[""] * (per_class - 1)]
-    return grid(images, captions, title, columns=6 if per_class == 6 else 12)
+        members = random.permutation(source.of_class(int(label)))[: 2 * per_class]  # with spares
+        drawn = (thumbnail(source, int(index)) for index in members)
+        found = list(islice((image for image in drawn if image is not None), per_class))
+        captions = [shorten(source.class_names[label], 14), *[""] * (per_class - 1)]
+        cells += [(image, text, "") for image, text in zip_longest(found, captions)]
+    return grid(cells, title, columns=6 if per_class == 6 else 12)
 
 
 def duplicate_pairs(duplicates: Duplicates) -> Figure:
     """Returns pairs of duplicates side by side, most different first."""
-    images, captions, colors = [], [], []
+    cells = []
     for at, pair in enumerate(islice(duplicates.most_different_first(), _MAX_PAIRS)):
         kind = pair.kind if pair.difference == 0 else f"{pair.kind} {pair.difference:.3f}"
         for (split, index), last in ((pair.first, kind), (pair.second, " ")):
             source = duplicates.splits[split]
-            name = shorten(source.label_text(index), 16)
-            images.append(thumbnail(source, index))
-            captions.append(f"{escape(split)}[{index}]\n{name}\n{last}")
-            colors.append(_PAIR_COLORS[at % 2])
-    title = f"{len(duplicates):,} pairs of duplicates, the most different first"
-    if len(duplicates) > _MAX_PAIRS:
-        title += f" ({_MAX_PAIRS} shown)"
-    return grid(images, captions, title, columns=8, colors=colors)
+            caption = f"{escape(split)}[{index}]\n{shorten(source.label_text(index), 16)}\n{last}"
+            cells.append((thumbnail(source, index), caption, _PAIR_COLORS[at % 2]))
+    shown = min(len(duplicates), _MAX_PAIRS)
+    title = f"{shown} of {len(duplicates):,} pairs of duplicates, the most different first"
+    return grid(cells, title, columns=8)

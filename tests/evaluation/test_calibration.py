@@ -15,6 +15,7 @@ import allmlp as am
 from allmlp.evaluation.calibration import fit_temperature, fitted, summary, with_threshold
 from allmlp.evaluation.metrics import best_thresholds
 from allmlp.evaluation.options import CalibrateOptions
+from allmlp.options import make
 from conftest import ran, tiny_model, tiny_run, user_error
 
 
@@ -129,7 +130,7 @@ def test_mistakes():
         ({"unsure_below": -0.1}, "out-of-range"),
     ):
         with user_error(code):
-            CalibrateOptions(data="x", **given)
+            make(CalibrateOptions, None, {"data": "x", **given})
 
 
 def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):

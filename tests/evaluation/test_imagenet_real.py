@@ -17,15 +17,12 @@ from allmlp.evaluation.imagenet_real import (
     IMAGES,
     RealLabels,
     imagenet_classes,
-    open_real,
     read_real,
     validation_ids,
 )
 from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import draw, encode
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared images are not here")
 IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
 
 
@@ -40,28 +37,6 @@ def test_the_score_by_hand():
     assert score.to_json() == {"accuracy": 0.75, "images": 4, "correct": 3, "unlabelled": 1}
     with pytest.raises(am.UserError, match="none of the 1 images has a ReaL label"):
         real.score(np.array([3]), np.array([0]))
-
-
-@needs_shared
-def test_real_validation_images_and_known_answers(tmp_path: Path):
-    """All answers are the original labels, but for three of the five that are checked by hand."""
-    source = open_source(str(SHARED / "imagenet_val_sample.parquet"))
-    labels = open_real(SHARED / "imagenet_real.json", source, IMAGENET, IMAGENET)
-    by_hand = {  # row: number, original label, ReaL labels, answer
-        13: (5946, 170, [], 170),
-        3: (1133, 834, [636, 834, 671], 671),
-        6: (3095, 59, [64], 59),
-        7: (3650, 101, [385, 386], 386),
-        0: (10, 332, [332], 331),
-    }
-    answers = source.labels.copy()
-    for row, (number, original, real, answer) in by_hand.items():
-        assert (labels.ids[row], source.labels[row]) == (number, original)
-        assert sorted(labels.labels[number - 1]) == sorted(real)
-        answers[row] = answer
-    score = labels.score(np.arange(len(source)), answers)
-    # 130 of the 144 have the original label among theirs; here 0 is wrong instead, and 7 right.
-    assert (score.images, score.correct, score.unlabelled) == (144, 130 - 1 + 1, 12)
 
 
 @pytest.fixture
@@ -128,10 +103,10 @@ def test_names_that_are_refused(folder: Path, name: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[1], [2]]", "got 2 lists"),
-        (json.dumps([[1]] * 49_999 + [3]), "not a list of classes from 0 to 999: 3"),
-        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), r"to 999: \[5, 1000\]"),
-        (json.dumps([[1], [True]] + [[1]] * 49_998), r"to 999: \[True\]"),
+        ("[[1], [2]]", r"\[\[1\], \[2\]\]"),
+        (json.dumps([[1]] * 49_999 + [3]), "0 to 999: .* got 3"),
+        (json.dumps([[1], [5, 1000]] + [[1]] * 49_998), "0 to 999: .* got 1000"),
+        (json.dumps([[1], [True]] + [[1]] * 49_998), "0 to 999: .* got True"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str):

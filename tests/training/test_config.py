@@ -64,7 +64,7 @@ def test_one_setting(assignment: str, key: str, value: object):
         ("model.image_size=big", "wrong-type", "model.image_size"),
         ("model=small", "wrong-type", "model must be"),
         ("precision=half", "unknown-name", "bfloat16"),
-        ("epochs=0", "out-of-range", "epochs must be at least 1, got 0"),
+        ("epochs=0", "out-of-range", "1, got 0"),
         ("optimizer.warmup=1.5", "out-of-range", "1.5"),
         ("seed=99999999999999999999999", "out-of-range", "seed"),
         ("model.overrides.num_classes=5", "invalid", "num_classes"),

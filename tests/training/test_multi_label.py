@@ -88,7 +88,7 @@ def test_training_learns_every_label(run: tuple[Path, Path], capsys):
     assert expected > 0.95
     _, out, _ = mixer(capsys, "evaluate", folder, "--data", data)
     (header,) = (line.split() for line in out.splitlines() if line.startswith("class "))
-    assert header[2:] == ["recall", "precision", "F1", "AP", "threshold"]
+    assert header[3:] == ["recall", "precision", "f1", "average_precision", "threshold"]
     values = json.loads(mixer(capsys, "evaluate", folder, "--data", data, "--json")[1])
     assert values["model"]["source"] == str(folder)
     assert values["environment"]["python"]

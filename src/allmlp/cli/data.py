@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from allmlp.errors import UserError, plural, some_of
 from allmlp.options import Done, Options
 
 if TYPE_CHECKING:
-    from allmlp.console import Reporter
     from allmlp.data.check import Duplicates
 
 _MOST = 20  # lines shown per list
@@ -64,25 +61,22 @@ def check(source: str, options: CheckOptions) -> Done:
         atomic_write,
         check_not_inputs,
         check_output_file,
-        check_output_folder,
         expand,
+        made_folder,
     )
     from allmlp.plots import save_check
 
     report = Reporter(stderr=options.exclude == STANDARD_OUTPUT)
-    outputs: list[Path] = []
-    folder = None if options.output is None else expand(options.output)
-    if folder is not None:
-        check_output_folder(folder, FILES, overwrite=options.overwrite)
-        outputs += [folder, *map(folder.joinpath, FILES)]
+    splits, overwrite = open_splits(source), options.overwrite
+    inputs = list(read_from(source))
+
+    def images() -> Iterator[str]:
+        return (split.item_name(at) for split in splits.values() for at in range(len(split)))
+
     if options.exclude not in (None, STANDARD_OUTPUT):
-        check_output_file(expand(options.exclude), overwrite=options.overwrite)
-        outputs.append(expand(options.exclude))
-    splits = open_splits(source)
-    items = (split.item_name(at) for split in splits.values() for at in range(len(split)))
-    check_not_inputs(outputs, read_from(source), items)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fail early
+        check_output_file(expand(options.exclude), overwrite=overwrite)
+        check_not_inputs([expand(options.exclude)], inputs, images())
+    folder = made_folder(options.output, FILES, overwrite=overwrite, inputs=inputs, images=images())
     with report.progress(sum(map(len, splits.values())), "images") as bar:
         values, duplicates = check_source(
             splits,
@@ -91,13 +85,10 @@ def check(source: str, options: CheckOptions) -> Done:
             num_workers=options.num_workers,
             on_progress=bar.advance,
         )
-    print_check(report, values)
-    if duplicates is not None:
-        print_duplicates(report, duplicates)
-    path, problems = parse_name(source).path, []
-    if packed.is_packed(path):
-        problems = packed.verify(path)
-        _say_list(report, "problems of the packed data", problems)
+    path = parse_name(source).path
+    problems = packed.verify(path) if packed.is_packed(path) else None
+    for line in _lines(values, duplicates, problems):
+        report.say(line)
     if options.exclude is not None and duplicates is not None:
         text = exclude_list(splits, duplicates.to_exclude(), source)
         if options.exclude == STANDARD_OUTPUT:
@@ -105,58 +96,56 @@ def check(source: str, options: CheckOptions) -> Done:
         else:
             atomic_write(expand(options.exclude), text)
         counts = Counter(split for split, *_ in duplicates.to_exclude())
-        listed = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
-        report.say(f"\nto exclude  {options.exclude}: {listed or 'no images'}")
+        report.say(f"\nto exclude  {options.exclude}: {_counted(counts) or 'no images'}")
     if folder is None:
         report.say("\nfor complete lists, and figures of samples and duplicates: --output FOLDER")
     else:
         written = save_report(values, duplicates, folder) + save_check(splits, duplicates, folder)
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
     is_bad = problems or any(split["unreadable"] for split in values["splits"].values())
-    return Done({**values, "problems": problems}, 3 if is_bad else 0)
+    return Done({**values, "problems": problems or []}, 3 if is_bad else 0)
 
 
-def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
-    """Prints a table of the splits, and problems."""
+def _row_of(name: str, split: Mapping[str, Any]) -> dict[str, str]:
     from rich import filesize
 
+    counts = [count for count in split["class_counts"].values() if count] or [0]
+    sizes = {rank: f"{height}x{width}" for rank, (height, width) in split["sizes"].items()}
+    return {
+        "split": name,
+        "images": f"{split['num_images']:,}",
+        "classes": f"{len(counts):,}",
+        "per class": " to ".join(f"{n:,}" for n in dict.fromkeys((min(counts), max(counts)))),
+        "bytes": filesize.decimal(split["num_bytes"]),
+        "smallest HxW": sizes.get("smallest", ""),
+        "median": sizes.get("median", ""),
+        "largest": sizes.get("largest", ""),
+    }
+
+
+def _lines(
+    values: Mapping[str, Any], duplicates: Duplicates | None, problems: list[str] | None
+) -> Iterator[str]:
+    """Yields what there is in the splits, and what is wrong with it."""
+    from allmlp.console import table_of
     from allmlp.data.check import HUGE_PIXELS, TINY_SIDE
     from allmlp.data.image import DARK
 
-    splits, rows, details = values["splits"], [], []
+    splits = values["splits"]
+    yield f"data     {values['source']}\n"
+    yield from table_of(_row_of(name, split) for name, split in splits.items())
+    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
+    yield f"\nclasses: {some_of(list(names), _MOST)}"
+    yield from (f"note: {note}" for note in values["notes"])
+    yield ""
     for name, split in splits.items():
-        counts = [count for count in split["class_counts"].values() if count] or [0]
-        few, many = min(counts), max(counts)
-        per_class = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-        sizes = [f"{height}x{width}" for height, width in split["sizes"].values()] or [""] * 3
-        rows.append(
-            {
-                "split": name,
-                "images": f"{split['num_images']:,}",
-                "classes": f"{len(counts):,}",
-                "per class": per_class,
-                "bytes": filesize.decimal(split["num_bytes"]),
-                **dict(zip(("smallest HxW", "median", "largest"), sizes, strict=True)),
-            }
-        )
-        kinds = {**split["formats"], **split["modes"]}
-        details.append(f"{name}: {', '.join(f'{kind} {count:,}' for kind, count in kinds.items())}")
+        yield f"{name}: {_counted({**split['formats'], **split['modes']})}"
         if split["labels_per_image"]:
-            numbers = split["labels_per_image"].items()
-            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
-            details.append(f"  labels per image: {per_image}")
-            numbers = [f"{kind} {count:,}" for kind, count in split["class_counts"].items()]
-            details.append(f"  images per class: {some_of(numbers, _MOST)}")
+            yield f"  images by number of labels: {_counted(split['labels_per_image'])}"
+            yield f"  images per class: {_counted(split['class_counts'])}"
         missing = [kind for kind, count in split["class_counts"].items() if not count]
         if missing:
-            details.append(f"  classes without images: {some_of(missing, _MOST)}")
-
-    report.say(f"data     {values['source']}\n")
-    report.table(rows)
-    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
-    report.say(f"\nclasses: {some_of(list(names), _MOST)}")
-    for line in [*(f"note: {note}" for note in values["notes"]), "", *details]:
-        report.say(line)
+            yield f"  classes without images: {some_of(missing, _MOST)}"
     dark = f"nearly black: no sample above {DARK:,} of 65,535"
     for key, what in {
         "unreadable": "unreadable images",
@@ -164,52 +153,48 @@ def print_check(report: Reporter, values: Mapping[str, Any]) -> None:
         "huge": f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB",
         "dark": f"16-bit images, {dark} (scale 12 bits up by 16, and save the images again)",
     }.items():
-        lines = [
-            f"{name}[{image['index']}] {image['name']}: {image['what']}"
-            for name, split in splits.items()
-            for image in split[key]
-        ]
+        images = [(name, image) for name, split in splits.items() for image in split[key]]
+        lines = [f"{at}[{im['index']}] {im['name']}: {im['what']}" for at, im in images]
         if lines or key == "unreadable":
-            _say_list(report, what, lines)
+            yield from _listed(what, lines)
     if values["shared_groups"]:
-        _say_list(report, "groups in several splits (leakage)", values["shared_groups"])
+        yield from _listed("groups in several splits (leakage)", values["shared_groups"])
+    if duplicates is not None:
+        yield from _lines_of(duplicates)
+    if problems is not None:
+        yield from _listed("problems of the packed data", problems)
 
 
-def print_duplicates(report: Reporter, found: Duplicates) -> None:
-    """Prints the duplicates by kind and by split, and those with different classes."""
-    import numpy as np
-
+def _lines_of(found: Duplicates) -> Iterator[str]:
+    from allmlp.console import table_of
     from allmlp.data.check import DISTANCE, KINDS
 
-    report.say(f"\nduplicates: {plural(len(found), 'pair')}")
+    yield f"\nduplicates: {plural(len(found), 'pair')}"
     if len(found):
-        counts = np.bincount(found.pairs["kind"], minlength=len(KINDS))
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in zip(KINDS, counts, strict=True))
-        report.say(f"{kinds}; images of a split (row) that have a duplicate in a split (column):")
-        report.table(
+        kinds = _counted(Counter(KINDS[kind] for kind in found.pairs["kind"].tolist()))
+        yield f"{kinds}; images of a split (row) that have a duplicate in a split (column):"
+        yield from table_of(
             {"split": name} | {f"in {other}": f"{n:,}" for other, n in row.items()}
             for name, row in found.counts().items()
         )
-    different = int(found.other_label().sum())
-    if different:
-        report.say(f"of different classes: {plural(different, 'pair')} (listed in duplicates.csv)")
+        yield f"of different classes: {plural(int(found.other_label().sum()), 'pair')}"
     if found.num_plain:
         why = "have hardly any texture or fewer than 16 pixels a side"
-        report.say(f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only")
+        yield f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only"
     if found.distance < DISTANCE:
         how = f"to {found.distance} bits of the hash" if found.distance >= 0 else "to equal pixels"
-        report.say(f"very many images are alike: near duplicates were looked for up {how} only")
+        yield f"very many images are alike: near duplicates were looked for up {how} only"
 
 
-def _say_list(report: Reporter, title: str, lines: Sequence[str]) -> None:
-    report.say(f"\n{title}: {len(lines):,}")
-    for line in lines[:_MOST]:
-        report.say(f"  {line}")
+def _counted(counts: Mapping[Any, int]) -> str:
+    return some_of([f"{kind} {count:,}" for kind, count in counts.items()], _MOST)
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    yield f"\n{title}: {len(lines):,}"
+    yield from (f"  {line}" for line in lines[:_MOST])
     if len(lines) > _MOST:
-        report.say(f"  ... and {len(lines) - _MOST:,} more")
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+        yield f"  ... and {len(lines) - _MOST:,} more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +215,13 @@ class PackOptions(Options):
     """Largest size of a file, e.g. 256MB or 1GB."""
 
     def shard_bytes(self) -> int:
-        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", self.shard_size.strip())
-        unit = _UNITS.get(found[2].upper()) if found else None
-        size = int(float(found[1]) * unit) if found and unit else 0
-        if size < 1:
-            fix = "For example 256MB, 1GB or 512MiB"
-            raise UserError(f"not a size: {self.shard_size!r}", where="shard_size", fix=fix)
-        return size
+        from pydantic import ByteSize, Field, TypeAdapter
+
+        try:
+            return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(self.shard_size)
+        except ValueError as error:
+            what, fix = f"not a size: {self.shard_size!r}", "For example 256MB, 1GB or 512MiB"
+            raise UserError(what, where="shard_size", fix=fix) from error
 
 
 def pack(source: str, folder: str, options: PackOptions) -> Done:

@@ -17,7 +17,7 @@ from typing import Any
 
 from allmlp.cli.results import SHARED, UsageError, print_json, streams
 from allmlp.cli.verbs import GROUPS, VERBS
-from allmlp.errors import UserError, fix_of, named_memory_errors, near_names
+from allmlp.errors import UserError, fix_of, named_memory_errors, one_of
 from allmlp.runtime.process import (
     is_main_process,
     keep_freed_memory,
@@ -90,9 +90,6 @@ def parse(arguments: Sequence[str]) -> tuple[int, Any]:
     """Runs the command named by the arguments, or prints a list of commands; returns the exit code
     and the result."""
     given = list(arguments) or ["--help"]
-    if given[0] == "--version":
-        print(f"allmlp {version('allmlp')}")
-        return 0, {}
     group = given.pop(0) if given[0] in GROUPS else ""  # of two words, such as "data check"
     name, start = given[0] if given else "--help", f"{group} " if group else ""
     known = {verb.removeprefix(start): VERBS[verb] for verb in VERBS if verb.startswith(start)}
@@ -105,11 +102,9 @@ def parse(arguments: Sequence[str]) -> tuple[int, Any]:
         for verb, summary in commands.items():
             print(f"  {verb:{width}}  {summary}")
         return 0, {"commands": list(commands)}
-    if name not in commands:
-        near = near_names(name, commands)
-        if name in ("version", "help"):
-            near = f"Did you mean mixer --{name}? "
-        fix = f"{near}Known: {', '.join(commands)}"
-        where = f"mixer {group}" if group else None
-        raise UserError(f"unknown command {name!r}", where=where, fix=fix, code="unknown-name")
+    if name == "--version":
+        print(f"allmlp {version('allmlp')}")
+        return 0, {}
+    where = f"mixer {group}" if group else None
+    one_of("command", name, [*commands, "--help", "--version"], where)
     return known[name].run(f"{start}{name}", given[1:])

@@ -52,30 +52,27 @@ def models(options: ModelsOptions) -> Done:
         lines = checkpoint_table()
         rows = [{"name": name, **asdict(known)} for name, known in CHECKPOINTS.items()]
     else:
-        lines = _architectures(options, rows)
+        rows, errors = _architectures(options)
+        lines = [*_table(rows), *(f"left out: {error.what}" for error in errors)]
     print("\n".join(lines))
     return Done({"models": rows} if rows else {"lines": lines})
 
 
-def _architectures(options: ModelsOptions, found: list[dict[str, Any]]) -> list[str]:
-    """Returns the table; adds its rows to `found`."""
+def _architectures(options: ModelsOptions) -> tuple[list[dict[str, Any]], list[UserError]]:
+    """Returns the models that these options can build, and why the others cannot be."""
     import torch
 
     from allmlp.models.catalog import create_model, list_models
 
     classes = 1000 if options.num_classes is None else options.num_classes
     overrides = assignments(options.settings)
-    skipped: list[str] = []
-    without: dict[str, UserError] = {}
+    found, errors = [], []
     for name in list_models():
         try:
             with torch.device("meta"):
                 model = create_model(name, options.image_size, classes, **overrides)
         except UserError as error:
-            if "has no setting" in error.what:
-                without[name] = error
-            else:
-                skipped.append(error.text())
+            errors.append(error)
             continue
         config, parameters = model.config, model.named_parameters()
         head = sum(value.numel() for key, value in parameters if key.startswith("head."))
@@ -90,7 +87,11 @@ def _architectures(options: ModelsOptions, found: list[dict[str, Any]]) -> list[
             }
         )
     if not found:
-        raise UserError(skipped[0]) if skipped else next(iter(without.values()))
+        raise errors[0]
+    return found, errors
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = table_of(
         {
             "name": row["name"],
@@ -100,13 +101,10 @@ def _architectures(options: ModelsOptions, found: list[dict[str, Any]]) -> list[
             "GFLOPs": f"{row['flops'] / 1e9:.2f}",
             "tokens": " to ".join(f"{number:,}" for number in dict.fromkeys(row["tokens"])),
         }
-        for row in found
+        for row in rows
     )
     lines.append("GFLOPs per image with the head; a multiply-add counts as two.")
-    lines.append("Two numbers of tokens: of the first stage or layer, and of the last.")
-    lines += [f"left out: {line}" for line in skipped]
-    lines += [f"left out, without such a setting: {', '.join(without)}"] * bool(without)
-    return lines
+    return [*lines, "Two numbers of tokens: of the first stage or layer, and of the last."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +135,8 @@ def env(_: EnvOptions) -> Done:
     values["packages"] = {name: installed.get(name) for name in sorted(needed)}
     del values["date"], values["command"]
     for name, value in values.items():
-        if isinstance(value, list):
-            value = " ".join(value)
         if name != "packages":
-            print(f"{name:13} {value}")
+            print(f"{name:13} {' '.join(value) if isinstance(value, list) else value}")
     print("packages")
     for name, found in values["packages"].items():
         print(f"  {name:24} {found or 'not installed'}")

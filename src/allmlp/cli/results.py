@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from allmlp.errors import UserError, near_names
+from allmlp.errors import UserError, one_of
 from allmlp.names import NAME
 from allmlp.options import ImageSize, Repeated
 
@@ -58,24 +57,18 @@ def streams(given: Sequence[str], *, quiet: bool, as_json: bool) -> Iterator[Non
         yield
 
 
+def _plain(value: Any) -> Any:
+    """Returns what JSON does not know as JSON values: by its own `to_json`, else its fields."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def to_json(result: Any) -> Any:
-    """Returns a result as JSON values: by its own `to_json`, else its fields."""
-    if result is None or isinstance(result, bool | int | str):
-        return result
-    if isinstance(result, float):
-        return result if math.isfinite(result) else None
-    if isinstance(result, dict):
-        return {str(key): to_json(value) for key, value in result.items()}
-    if hasattr(result, "_asdict"):
-        return to_json(result._asdict())
-    if isinstance(result, list | tuple | set):
-        return [to_json(value) for value in result]
-    if hasattr(result, "to_json"):
-        return to_json(result.to_json())
-    if dataclasses.is_dataclass(result):
-        fields = dataclasses.fields(result)
-        return {field.name: to_json(getattr(result, field.name)) for field in fields}
-    return to_json(result.tolist()) if hasattr(result, "tolist") else str(result)
+    """Returns a result as JSON values; None for numbers that are not finite."""
+    return json.loads(json.dumps(result, default=_plain), parse_constant=lambda _: None)
 
 
 def print_json(result: Any) -> None:
@@ -116,15 +109,12 @@ def as_flags(
     the others without those."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    fields |= {f.metadata["flag"]: f for f in fields.values() if "flag" in f.metadata}
     typed = {word.partition("=")[0].replace("_", "-") for word in given}
     repeated: list[str] = []
     flags: list[str] = []
     for key, value in values.items():
-        field = fields.get(key.replace("-", "_"))
-        field = field or next((f for f in fields.values() if f.metadata.get("flag") == key), None)
-        if field is None:
-            fix = f"{near_names(key, fields)}Known: {', '.join(fields)}"
-            raise UserError(f"unknown option {key!r}", where="config", fix=fix, code="unknown-name")
+        field = fields[one_of("option", key.replace("-", "_"), fields, where="config")]
         flag = f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
         if hints[field.name] == Repeated:
             pairs = value.items() if isinstance(value, dict) else ()

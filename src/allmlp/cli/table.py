@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import inspect
 import io
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -39,23 +38,17 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 class Command:
     """A command: its options, function and help.
 
-    Args:
-        words: path within allmlp of the options dataclass, whose docstring is the help text; path
-            of the function, called with the positional arguments and the options; the names of
-            these arguments: "recipe?" is optional, "images*" many, "models*?" both. If the
-            function's module has a `show`, that is called with the result and the options, and
-            returns the exit code or None; otherwise the function prints, and may return `Done`.
-        summary: the line in `mixer --help`.
+    `words` are the paths of the options dataclass, whose docstring is the help, and of the
+    function; then the positional arguments: "recipe?" is optional, "images*" many, "models*?" both.
+    If the function's module has a `show`, that is called with the result and the options, and
+    returns the exit code or None; otherwise the function prints, and may return `Done`.
     """
 
     words: str
     summary: str
 
     def run(self, name: str, given: list[str]) -> tuple[int, Any]:
-        """Parses the arguments and runs the command; returns its exit code and result.
-
-        The result is a `Sourced` if the command takes a model.
-        """
+        """Runs the command; returns its exit code and result, `Sourced` if it takes a model."""
         import tyro
 
         kind_path, function_path, *positional = self.words.split()
@@ -83,7 +76,7 @@ class Command:
         except SystemExit as end:
             if not end.code:
                 raise
-            raise _wrong_number(errors.getvalue()) or UsageError(errors.getvalue()) from None
+            raise UsageError(errors.getvalue()) from None
         values = vars(parsed) | own
         named = {word.rstrip("?*"): values.pop(word.rstrip("?*")) for word in positional}
         options = kind(**values)
@@ -95,19 +88,6 @@ class Command:
             code, result = result.code, result.values
         source = named.get("weights") or named.get("model")
         return code, result if source is None else Sourced(source, result)
-
-
-def _wrong_number(printed: str) -> UserError | None:
-    """Returns the error for an option that takes a number and got something else, which tyro
-    explains by Python's types."""
-    text = " ".join(re.sub("[╭╮╰╯─│]", " ", printed).split())
-    kind = r"(?:no type matching \S*?\b(INT|FLOAT)\b\S* could be .*? from \['(.*?)'\]"
-    kind += r"|invalid literal for (int)\(\) with base 10: '(.*?)')"
-    found = re.search(rf"Error parsing (--[\w-]+): {kind}", text)
-    if found is None:
-        return None
-    number = "a number" if found[2] == "FLOAT" else "a whole number"
-    return UserError(f"{found[1]} takes {number}, got {found[3] or found[5]!r}", code="usage")
 
 
 def _found(path: str) -> tuple[types.ModuleType, str]:
@@ -133,7 +113,9 @@ def _arguments(kind: type, positional: Sequence[str]) -> type:
         shown = arg(help=POSITIONAL[name], metavar=metavar, help_behavior_hint="")
         hint: Any = Annotated[Positional[plain], shown]
         fields.append((name, hint, dataclasses.field(default=default)))
-    texts, hints = documentation(kind), typing.get_type_hints(kind, include_extras=True)
+    texts, hints = documentation(kind), typing.get_type_hints(kind)  # without ranges of numbers
+    whole = typing.get_type_hints(kind, include_extras=True)
+    hints |= {name: Repeated for name, hint in whole.items() if hint == Repeated}
     for field in dataclasses.fields(kind):
         if field.init and not field.metadata.get("hidden"):
             hint = _annotated(hints[field.name], field, texts.get(field.name, ""))

@@ -25,19 +25,13 @@ _SHARED = {"data": "data.source"} | by_last_part(
 )
 TRAIN = {**_SHARED, "model": "model.name"}
 FINETUNE = _SHARED | by_last_part("model.resize_weights")
-
-
 _DRY_RUN = """Check settings, data and model, time a few steps, say how long the run would take, and
 stop there; nothing is written."""
-
-
 _EVERY_RUN = (
     ("base", dict[str, Any] | None, dataclasses.field(default=None, metadata={"hidden": True})),
     OTHER_SETTINGS,
     flag("dry_run", bool, False, _DRY_RUN),
 )
-
-
 _FOLDS = """Cross-validate: train this many models, each measured on the fold that it has not seen.
 Groups (#group=COLUMN) stay whole; a column `fold` of the data is used."""
 _FOLDS_FLAG = flag("folds", int | None, None, _FOLDS, metavar="N")

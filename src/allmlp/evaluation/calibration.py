@@ -1,7 +1,6 @@
 """Calibration on held-out images: a temperature, thresholds per class, a threshold for "unsure".
 
-What is stored is fitted to all images. What is reported is measured by cross-fitting: each
-half of the images is judged by what was fitted to the other half.
+What is stored is fitted to all images; what is reported judges each half by a fit to the other.
 
 Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks" (one temperature, fitted by the
 loss); Geifman and El-Yaniv 2017, "Selective Classification for Deep Neural Networks" (coverage and
@@ -12,6 +11,7 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,12 +91,8 @@ def cross_calibrated(result: Evaluation) -> Evaluation:
 
 
 def fitted(result: Evaluation, data: str) -> Decision:
-    """Returns the decision of a result with the temperature, and the thresholds per class for
-    several labels per image, that suit these held-out images.
-
-    No temperature is fitted with fewer than `LEAST_IMAGES`, or if it does not lower the loss as
-    measured by cross-fitting.
-    """
+    """Returns the decision of a result with the temperature, unless the images are few or it does
+    not lower the loss, and the thresholds of several labels that suit these held-out images."""
     decision = Decision(labels=result.decision.labels)
     plain, about = replace(result, decision=decision), _about(result, data)
     measured: dict[Any, dict[str, Any]] = {}
@@ -193,10 +189,8 @@ def summary(decision: Decision) -> list[str]:
     """Returns sentences on what was measured for a decision, for the console and the model card."""
     lines = []
     for name, entry in decision.measured.items():
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # written by somebody else
             kind = "nothing" if entry.get("accuracy", 1.0) is None else name
             text = _SUMMARIES[kind].format(value=getattr(decision, name), **entry)
             lines.append(f"{text} (cross-fitted)" if entry.get("cross_fitted") else text)
-        except (KeyError, TypeError, ValueError):  # an entry written by somebody else
-            continue
     return lines

@@ -1,9 +1,6 @@
 """Frozen features of the images in a source, computed once and cached on disk.
 
-A cache file is named by a hash of everything that the features depend on: weights, architecture,
-preprocessing, precision, kind of device, versions of the packages that compute and decode, and
-every byte of the images. Nothing ever becomes stale: any change results in another name. Writes are
-atomic, so several processes can share a folder, and a file is used only if its checksum matches.
+A cache file is named by a hash of everything that the features depend on, so none becomes stale.
 
 Shapes: N images, C features.
 """
@@ -97,7 +94,7 @@ def frozen_features(
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = str(error) or type(error).__name__
             notes.append(f"the cached features {path} are not used: {reason}; recomputed")
-    rows = [(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))]
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     bad: list[BadImage] = []
     for outputs in predictor.run(source, predictor.features):
         bad += outputs.bad
@@ -108,7 +105,8 @@ def frozen_features(
             rows.append((values, outputs.indices))
         if on_batch is not None:
             on_batch(outputs)
-    values, indices = (np.concatenate(column) for column in zip(*rows[1:] or rows, strict=True))
+    rows = rows or [(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))]
+    values, indices = map(np.concatenate, zip(*rows, strict=True))
     found = Features(values, indices, bad, notes=notes)
     if path is not None and len(indices):
         try:

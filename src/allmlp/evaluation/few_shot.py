@@ -187,12 +187,10 @@ def few_shots(
         net, device = opened_model(model, options)
         results = _measure(net, device, splits, options, lambda batch: bar.advance(len(batch)))
     if options.output is not None:
-        numbers: dict[str, Any] = {"results": [found.to_json() for found in results]}
-        numbers["random_baseline"] = None
-        if options.random_baseline:
-            baselines = [found.baseline.to_json() for found in results if found.baseline]
-            of = {"weights": "random", "seed": BASELINE_SEED}
-            numbers["random_baseline"] = {**of, "results": baselines}
+        baselines = [found.baseline.to_json() for found in results if found.baseline]
+        twin = {"weights": "random", "seed": BASELINE_SEED, "results": baselines}
+        numbers = {"results": [found.to_json() for found in results]}
+        numbers |= {"random_baseline": twin if baselines else None}
         save_result(target, measurement("few-shot", net, numbers))
     return results
 
@@ -204,16 +202,14 @@ def _measure(
     options: FewShotOptions,
     on_batch: OnBatch,
 ) -> list[FewShot]:
-    def measured(model: ImageClassifier) -> list[FewShot]:
-        predictor = predictor_for(options, model, device, resize=options.resize)
-        found = [_of_one(predictor, name, data[name], options, on_batch) for name in data]
-        return choose_l2(found) if options.protocol == "scenic" else found
-
-    results = measured(net)
+    predictor = predictor_for(options, net, device, resize=options.resize)
+    results = [_of_one(predictor, name, data[name], options, on_batch) for name in data]
+    results = choose_l2(results) if options.protocol == "scenic" else results
     if not options.random_baseline:
         return results
-    twins = measured(random_weights(net, BASELINE_SEED))
-    return [replace(own, baseline=twin) for own, twin in zip(results, twins, strict=True)]
+    options, twin = replace(options, random_baseline=False), random_weights(net, BASELINE_SEED)
+    twins = _measure(twin, device, data, options, on_batch)
+    return [replace(own, baseline=other) for own, other in zip(results, twins, strict=True)]
 
 
 def _of_one(
@@ -259,12 +255,10 @@ def _of_one(
             accuracies[shots][seed] = swept[l2s[0]]
             if is_scenic:
                 sweep[shots] = swept
-        if counts.min() < shots:
-            fewer.append(
-                f"{shots} shots: {(counts < shots).sum():,} of {len(counts):,} classes have fewer "
-                f"training images ({train.class_names[counts.argmin()]!r} has {counts.min():,}); "
-                "all of them are taken"
-            )
+        if few := (counts < shots).sum():
+            least = f"{train.class_names[counts.argmin()]!r} has {counts.min():,}"
+            what = f"{few:,} of {len(counts):,} classes have fewer training images ({least})"
+            fewer.append(f"{shots} shots: {what}; all of them are taken")
     return FewShot(
         data=name,
         test_split=test_split,
@@ -285,11 +279,7 @@ def _of_one(
 
 
 def choose_l2(results: Sequence[FewShot]) -> list[FewShot]:
-    """Returns scenic's results at the l2 that is best for all data sets together.
-
-    For every number of shots, the l2 with the highest mean rank; ties go to the larger. It is
-    chosen on the test images, as in scenic's protocol.
-    """
+    """Returns scenic's results at the l2 of the highest mean rank; ties go to the larger."""
     chosen: dict[int, float] = {}
     for shots, swept in results[0].sweep.items():
         values = [[result.sweep[shots][l2] for l2 in swept] for result in results]
@@ -307,12 +297,12 @@ def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
 
 def _train_and_test(splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
     """Returns the training images, the test images, and the name of the test split."""
-    test_split = next((split for split in ("test", "validation") if split in splits), None)
-    if "train" not in splits or test_split is None:
-        lacking = "train" if "train" not in splits else "test and no validation"
-        what = f"few-shot needs images to learn from and others to test: no {lacking} split"
-        fix = "Name data that has both, without a split behind it, or put test images into test/"
-        raise UserError(what, where=" ".join(s.name for s in splits.values()), fix=fix)
+    test_split = "test" if "test" in splits else "validation"
+    for needed in ("train", test_split):
+        if needed not in splits:
+            what = f"few-shot needs images to learn from and others to test: no {needed} split"
+            fix = "Name data that has both, without a split behind it, or put images into test/"
+            raise UserError(what, where=" ".join(s.name for s in splits.values()), fix=fix)
     train, test = splits["train"], splits[test_split]
     check_one_label((train, test), "few-shot classification")
     present = [train.class_names[at] for at in np.unique(train.labels)]
@@ -411,37 +401,32 @@ def show(results: list[FewShot], options: FewShotOptions) -> int:
     say, first = Reporter(stderr=options.output == STANDARD_OUTPUT).say, results[0]
     rule = f"seeds {' '.join(map(str, first.seeds))}, l2 {options.l2:g}"
     if first.protocol == "scenic":
-        rule = "the first images of each class; the l2 that is best on the test images"
-        rule += ", by mean rank over the data" if len(results) > 1 else ""
-    height, width = first.preprocessing.image_size
+        rule = "the first images of each class; the l2 with the best mean rank on the test images"
     say(f"protocol  {first.protocol}: {rule}")
+    height, width = first.preprocessing.image_size
     say(f"images    {height}x{width} pixels, {first.preprocessing.summary()}")
     runs = [run for result in results for run in (result, result.baseline) if run]
     computed, cache = sum(run.num_computed for run in runs), cache_path(with_cache(options))
-    where = "no cache" if cache is None else f"cache {cache}"
-    say(f"features  {first.precision}; of {plural(computed, 'image')} computed now; {where}")
+    say(f"features  {first.precision}; {computed:,} computed now; cache {cache or 'off'}")
     if first.baseline:
         say(f"baseline  the same architecture with random weights, seed {BASELINE_SEED}")
     for result in results:
         classes = f"{plural(result.num_classes, 'class')} (chance {result.chance:.2%})"
-        counts = plural(result.num_train, "training image")
-        counts += f", {plural(result.num_test, f'{result.test_split} image')}"
+        counts = f"{result.num_train:,} training, {result.num_test:,} {result.test_split} images"
         say(f"\ndata      {result.data}: {classes}, {counts}")
-        pair = {"accuracy": result, "baseline": result.baseline}
-        shown = {name: run for name, run in pair.items() if run is not None}
-        for note in dict.fromkeys(note for run in shown.values() for note in run.notes):
+        twin = result.baseline
+        for note in dict.fromkeys([*result.notes, *(twin.notes if twin else ())]):
             say(f"note      {note}")
         rows: list[dict[str, str]] = []
         for shots, by_seed in result.accuracies.items():
             row = {"shots": str(shots)}
-            for name, run in shown.items():
+            for name, run in (("", result), *([("baseline ", twin)] if twin else ())):
                 if run.sweep:
-                    row["l2" if run is result else "baseline l2"] = f"{run.l2[shots]:g}"
+                    row[f"{name}l2"] = f"{run.l2[shots]:g}"
                 deviation = run.deviation(shots)
                 spread = "" if deviation is None else f" +- {deviation:.2%}"
-                row[name] = f"{run.mean(shots):.2%}{spread}"
-            seeds = {f"seed {seed}": by_seed[seed] for seed in result.seeds}
-            rows.append(row | {name: f"{accuracy:.2%}" for name, accuracy in seeds.items()})
+                row[name.strip() or "accuracy"] = f"{run.mean(shots):.2%}{spread}"
+            rows.append(row | {f"seed {seed}": f"{by_seed[seed]:.2%}" for seed in result.seeds})
         say("\n".join(table_of(rows, left=0)))
     if options.output not in (None, STANDARD_OUTPUT):
         say(f"\nwritten   {expand(options.output)}")

@@ -11,15 +11,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from allmlp.data.source import Source, values_of
 from allmlp.errors import UserError
 from allmlp.io import expand, read_json
 
 IMAGES, CLASSES = 50_000, 1000
+_LABELS = TypeAdapter(
+    Annotated[
+        list[list[Annotated[int, Field(strict=True, ge=0, lt=CLASSES)]]],
+        Field(min_length=IMAGES, max_length=IMAGES),
+    ]
+)
 _FILE = "Take real.json of google-research/reassessed-imagenet"
 
 
@@ -62,8 +69,7 @@ class RealLabels:
 def open_real(
     path: str | Path, source: Source, class_names: Sequence[str], imagenet: Sequence[str]
 ) -> RealLabels:
-    """Returns the labels of the images in any subset of the validation images; everything is
-    checked before reading any image. Classes are as in `imagenet_classes`."""
+    """Returns the labels of any of the validation images; see `imagenet_classes`."""
     labels, classes = read_real(path), imagenet_classes(class_names, imagenet)
     return RealLabels(labels, validation_ids(source), classes)
 
@@ -72,24 +78,18 @@ def read_real(path: str | Path) -> list[list[int]]:
     """Returns the classes, 0 to 999, that fit each of the 50,000 validation images."""
     path = expand(path)
     lists = read_json(path, "the ReaL labels are not JSON", _FILE)
-    if not isinstance(lists, list) or len(lists) != IMAGES:
-        found = f"{len(lists):,} lists" if isinstance(lists, list) else f"{lists!r:.100}"
-        what = f"the ReaL labels are {IMAGES:,} lists, one for each validation image; got {found}"
-        raise UserError(what, where=path, fix=_FILE)
-    for at, labels in enumerate(lists):
-        if not isinstance(labels, list) or not all(
-            type(label) is int and 0 <= label < CLASSES for label in labels
-        ):
-            what = f"not a list of classes from 0 to {CLASSES - 1}: {labels!r:.100}"
-            raise UserError(what, where=f"{path}, entry {at} (image {at + 1})", fix=_FILE)
-    return lists
+    try:
+        return _LABELS.validate_python(lists)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the ReaL labels are {IMAGES:,} lists of classes from 0 to {CLASSES - 1}: "
+        what += f"{first['msg']}, got {first['input']!r:.100}"
+        place = "".join(f"[{at}]" for at in first["loc"])
+        raise UserError(what, where=f"{path}{place}", fix=_FILE) from None
 
 
 def validation_ids(source: Source) -> np.ndarray:
-    """Returns int64 (num_images,): the number of each image in the validation set, 1 to 50,000.
-
-    Read from the file name, in any folder or archive, or from the column `val_id` of Parquet files.
-    """
+    """Returns the number of each image, 1 to 50,000, from its name or from a column `val_id`."""
     names = values_of(source, "path") or map(source.item_name, range(len(source)))
     pattern = re.compile(r"[^/\\:]*ILSVRC2012_val_(\d{8})(?!\d)[^/\\:]*$", re.IGNORECASE)
     found = [pattern.search(str(name)) for name in names]
@@ -103,24 +103,20 @@ def validation_ids(source: Source) -> np.ndarray:
         what += f"({found.count(None):,} of {len(found):,} images have none)"
         fix = "ReaL needs the names of the validation images: ILSVRC2012_val_00000293.JPEG"
         raise UserError(what, where=name, fix=fix)
-    values, own, times = np.unique(ids, return_inverse=True, return_counts=True)
-    wrong = np.flatnonzero(((values < 1) | (values > IMAGES) | (times > 1))[own])
-    if len(wrong):
-        number, count = ids[wrong[0]], times[own[wrong[0]]]
-        what = f"validation images are numbered 1 to {IMAGES:,}, this one is {number}"
-        if count > 1:
-            what = f"validation image {number} is {count} times in the data"
-        where = source.item_name(int(wrong[0]))
-        raise UserError(what, where=where, fix="Give every validation image once")
+    for number, count in zip(*np.unique(ids, return_counts=True), strict=True):
+        if not 1 <= number <= IMAGES or count > 1:
+            what = f"validation images are numbered 1 to {IMAGES:,}, this one is {number}"
+            what = f"validation image {number} is {count} times in the data" if count > 1 else what
+            where = source.item_name(list(ids).index(number))
+            raise UserError(what, where=where, fix="Give every validation image once")
     return np.array(ids, dtype=np.int64)
 
 
 def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.ndarray:
     """Returns int64 (K,): the ImageNet class, 0 to 999, of each class of a model.
 
-    `class_names` are WordNet ids in any order, "n01440764" or "n01440764 tench", or names in
-    ImageNet order, "tench" or "tench, Tinca tinca"; `imagenet` is ImageNet's 1,000 classes in
-    order, "n01440764 tench".
+    `class_names` begin with WordNet ids, in any order, or are names in ImageNet's order; `imagenet`
+    is ImageNet's 1,000 classes in order, "n01440764 tench".
     """
     fix = "ReaL is for models of ImageNet-1k: leave out real"
     if len(class_names) != CLASSES:
@@ -128,12 +124,12 @@ def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.
         raise UserError(what, fix=fix)
     if all(re.match(r"n\d{8}(?!\d)", name) for name in class_names):
         order = {name[:9]: at for at, name in enumerate(imagenet)}
-        ids = [name[:9] for name in class_names]
-        if set(ids) != order.keys():
-            wrong = sorted(set(ids) - order.keys()) or ["one of them is there twice"]
-            what = f"the model's classes are not those of ImageNet-1k: {wrong[0]}"
-            raise UserError(what, fix=fix)
-        return np.array([order[name] for name in ids], dtype=np.int64)
+        found = [order.get(name[:9], -1) for name in class_names]
+        if sorted(found) != list(range(CLASSES)):
+            unknown = [name for name, at in zip(class_names, found, strict=True) if at < 0]
+            wrong = unknown[0] if unknown else "one of them is there twice"
+            raise UserError(f"the model's classes are not those of ImageNet-1k: {wrong}", fix=fix)
+        return np.array(found, dtype=np.int64)
     for at, (name, known) in enumerate(zip(class_names, imagenet, strict=True)):
         if _first_words(name) != _first_words(known[10:]):
             what = f"the model's class {at} is {name!r}, ImageNet's is {known!r}"
@@ -142,5 +138,4 @@ def imagenet_classes(class_names: Sequence[str], imagenet: Sequence[str]) -> np.
 
 
 def _first_words(name: str) -> str:
-    """The first name of a class, ignoring case and word separators."""
     return " ".join(name.partition(",")[0].replace("_", " ").split()).casefold()

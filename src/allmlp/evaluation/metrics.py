@@ -1,8 +1,6 @@
 """Evaluation metrics: accuracy, F1, loss, calibration, per-class results, confusion matrix.
 
-All are exact counts over the decodable images: every image counts once, the last batch is never
-dropped, and undecodable images are not counted but listed in `bad`. A new metric is a property of
-`Evaluation` and an entry in `METRICS`, which is used wherever metrics are printed or written.
+A new metric is a property of `Evaluation` and an entry in `METRICS`, which is printed and written.
 
 Shapes: N images, K classes, B bins.
 """
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from allmlp.data.classes import match_classes
 from allmlp.data.source import BadImage, Source, as_multi_label, check_one_label
 from allmlp.decision import Decision
-from allmlp.errors import UserError, named_memory_errors, one_of, plural
+from allmlp.errors import UserError, named_memory_errors, one_of, plural, some_of
 from allmlp.evaluation.imagenet_real import RealScore
 from allmlp.evaluation.predictor import Outputs, Predictor, check_finite
 from allmlp.evaluation.result_file import measurement
@@ -38,6 +37,7 @@ FILES = ("per_class.csv", "confusion.csv", "evaluation.json")  # written by `Eva
 BINS = 15
 FEW = 1000  # images below which the interval of top-1 is printed
 LARGEST_LOGITS = 2**29  # bytes of all images' logits, up to which they are kept
+_PROTOCOL = ("resize", "crop", "image_size", "interpolation", "exif_orientation", "crop_small")
 MOST_CONFUSED = 4096  # classes up to which the confusion matrix is written
 
 
@@ -136,16 +136,11 @@ class Reliability:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Returns a row per bin; mean confidence and accuracy are None for empty bins."""
-        return [
-            {
-                "above": float(self.edges[at]),
-                "up_to": float(self.edges[at + 1]),
-                "images": images,
-                "confidence": _ratio(self.confidence[at], images),
-                "accuracy": _ratio(self.correct[at], images),
-            }
-            for at, images in enumerate(self.images.tolist())
-        ]
+        edges, images = self.edges.tolist(), self.images.tolist()
+        means = [list(map(_ratio, sums, images)) for sums in (self.confidence, self.correct)]
+        names = ("above", "up_to", "images", "confidence", "accuracy")
+        rows = zip(edges[:-1], edges[1:], images, *means, strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -173,11 +168,8 @@ def average_precision(truth: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def best_thresholds(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Returns the logits from which a class is predicted so that its F1 is highest, float64 (K,).
-
-    Each lies in the middle between two scores; of equally good ones the one nearest to 0 (a
-    probability of one half), which is also that of a class without a positive.
-    """
+    """Returns the logits from which a class is predicted so that its F1 is highest, float64 (K,):
+    in the middle between two scores, as near to 0 as possible; 0 for a class without a positive."""
     found = np.zeros(truth.shape[1])
     for number in range(truth.shape[1]):
         positives, true, predicted, scores = _counts(truth[:, number], logits[:, number])
@@ -185,9 +177,7 @@ def best_thresholds(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
             continue
         f1 = 2 * true / (positives + predicted)
         lower = np.append(scores[1:], scores[-1] - 2.0)  # the last predicts the class for all
-        middle = (scores + lower) / 2
-        is_zero_between = (lower < 0) & (scores >= 0)
-        middle[is_zero_between] = 0.0
+        middle = np.where((lower < 0) & (scores >= 0), 0.0, (scores + lower) / 2)
         best = np.flatnonzero(f1 == f1.max())
         found[number] = middle[best[np.abs(middle[best]).argmin()]]
     return found
@@ -446,7 +436,6 @@ class Evaluation:
 
     @property
     def main(self) -> Metric:
-        """See `main_of`."""
         return main_of(dict(self.figures(_MAIN)))
 
     @property
@@ -469,13 +458,10 @@ class Evaluation:
         if self.is_multi_label:
             return []
         wrong, names = ~self.correct, self.class_names
-        pairs, counts = np.unique(
-            self.labels[wrong] * len(names) + self.predictions[wrong], return_counts=True
-        )
-        order = np.argsort(-counts, kind="stable")[:most]
-        rows, columns = np.divmod(pairs[order], len(names))
-        found = zip(rows, columns, counts[order].tolist(), strict=True)
-        return [(names[row], names[column], count) for row, column, count in found]
+        true, predicted = self.labels[wrong].tolist(), self.predictions[wrong].tolist()
+        pairs = Counter(zip(true, predicted, strict=True)).items()
+        first = sorted(pairs, key=lambda item: (-item[1], item[0]))[:most]
+        return [(names[row], names[column], count) for (row, column), count in first]
 
     def predicted(self, row: int) -> list[tuple[str, float]]:
         """Returns the predicted class of an image, or all of them, with their probabilities."""
@@ -514,8 +500,7 @@ class Evaluation:
         """Returns caveats that the metrics do not show, one per line."""
         images, predicted, _ = self.class_counts
         never = [self.class_names[at] for at in np.flatnonzero((predicted == 0) & (images > 0))]
-        more = f" and {len(never) - 8:,} more" if len(never) > 8 else ""
-        lines = [f"never predicted: {', '.join(never[:8])}{more}"] if never else []
+        lines = [f"never predicted: {some_of(never)}"] if never else []
         if self.rows is not None:
             size = 4 * len(self.labels) * len(self.class_names) / 1e9
             lines.append(f"the logits, {size:.1f} GB, were not kept: no temperature can be fitted")
@@ -545,11 +530,8 @@ class Evaluation:
         if self.decision != Decision():
             values["decision"] = self.decision.to_json()
         if self.preprocessing is not None:
-            names = ("resize", "crop", "image_size", "interpolation", "exif_orientation")
             known = self.preprocessing.to_json()
-            values["protocol"] = {
-                name: known[name] for name in (*names, "crop_small") if name in known
-            }
+            values["protocol"] = {name: known[name] for name in _PROTOCOL if name in known}
         if self.real is not None:
             values["real"] = self.real.to_json()
         values |= {"per_class": self.per_class(), "class_names": self.class_names}
@@ -590,12 +572,9 @@ def evaluate_source(
     world: World | None = None,
     on_batch: Callable[[Outputs], None] | None = None,
 ) -> Evaluation:
-    """Returns a model's predictions for all images, whether or not the logits are finite.
+    """Returns a model's predictions for all images, finite or not, on all processes.
 
     Logits of more than `LARGEST_LOGITS` are dropped unless `keep_logits`.
-
-    With several processes, each takes whole batches, so the numbers match those of a single
-    process; all of them get the result. `on_batch` is called with every batch of this process.
     """
     names = classes_of(predictor.model)
     if len(names) == 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from allmlp.errors import UserError, at_least, between, exclusive, needs
+from annotated_types import Ge, Interval
+
+from allmlp.errors import UserError, exclusive, needs
 from allmlp.options import (
     ComputeOptions,
     ImageSize,
@@ -19,6 +22,9 @@ from allmlp.options import (
 
 Resize = Literal["resize-crop", "resmall-crop", "squash"]
 LARGEST_BATCH = 2**16
+Positive = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Seconds = Annotated[float, Interval(gt=0, lt=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class EvaluateOptions(MeasureOptions, LoadOptions):
     resize: Resize | None = None
     """How images are brought to the model's size: resize-crop (the paper's Table 2), resmall-crop
     (its Table 3) or squash; defaults to the model's own."""
-    crop: float | None = None
+    crop: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Fraction of the resized image's side to keep in the centre crop, at most 1; also applies to
     images smaller than the input. The paper uses 0.875; defaults to the model's own."""
     real: str | None = None
@@ -65,10 +71,6 @@ class EvaluateOptions(MeasureOptions, LoadOptions):
     """Accept data without some of the model's classes."""
     output: str | None = None
     """Folder for report.html, evaluation.json, per_class.csv, confusion.csv and plots."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("crop", self.crop, 0, 1, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +89,13 @@ class CalibrateOptions(MeasureOptions, LoadOptions):
 
     data: str
     """Labelled images, as in `mixer evaluate`."""
-    accuracy: float | None = None
+    accuracy: Fraction | None = None
     """Choose the threshold that answers the most images with at least this accuracy."""
-    unsure_below: float | None = None
+    unsure_below: Fraction | None = None
     """The threshold itself: below this probability the answer is "unsure"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between("accuracy", self.accuracy, 0, 1)
-        between("unsure_below", self.unsure_below, 0, 1)
         exclusive(accuracy=self.accuracy, unsure_below=self.unsure_below)
 
 
@@ -124,14 +124,14 @@ class FewShotOptions(FeatureOptions):
 
     data: tuple[str, ...] = field(metadata={"metavar": "SOURCE ..."})
     """One or more sources with a train and a test (or validation) split."""
-    shots: tuple[int, ...] = (1, 5, 10, 25)
+    shots: tuple[Positive, ...] = (1, 5, 10, 25)
     """Training images per class; a class with fewer uses all of them."""
     protocol: Literal["big_vision", "scenic"] = "big_vision"
     """big_vision (random draws, one l2) or the older scenic (the first images of each class, and
     the best of 30 l2 values on the test images)."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
     """Seeds of big_vision's random draws; their mean is reported."""
-    l2: float = 1024.0
+    l2: Annotated[float, Interval(gt=0, lt=inf)] = 1024.0
     """L2 penalty of big_vision."""
     random_baseline: bool = False
     """Also measure the same architecture with random weights (seed 0)."""
@@ -142,10 +142,6 @@ class FewShotOptions(FeatureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between("l2", self.l2, 0, float("inf"), above=True, below=True)
-        for name, numbers, least in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
-            for number in numbers:
-                at_least(name, number, least)
         for name in ("data", "shots", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -168,15 +164,11 @@ class LabelMistakesOptions(FeatureOptions):
 
     data: str
     """A source with labels; all its splits, or the one named by :train, :validation or :test."""
-    top: int = 20
+    top: Annotated[int, Ge(0)] = 20
     """Number of images to print."""
     output: str | None = None
     """Folder for mistakes.csv (all images, ranked), mistakes.png (the first) and exclude.txt (the
     suspected images, for exclude of training)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("top", self.top, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,20 +199,20 @@ class BenchmarkOptions(Options):
     """Use torch.compile; compilation time is not counted."""
     image_size: ImageSize | None = None
     """Image size in pixels; defaults to the model's own."""
-    batch_sizes: tuple[int, ...] | None = None
+    batch_sizes: tuple[Annotated[int, Interval(ge=1, le=LARGEST_BATCH)], ...] | None = None
     """Batch sizes; by default they double while throughput rises and memory and the budget
     allow."""
-    seconds: float = 2.0
+    seconds: Seconds = 2.0
     """Seconds to time each batch size of each model, and the latency."""
-    rounds: int = 5
+    rounds: Annotated[int, Interval(ge=1, le=1000)] = 5
     """Rounds to split these seconds into; models take turns and the median counts."""
-    budget: float = 30.0
+    budget: Seconds = 30.0
     """Most seconds to spend per model while batch sizes double."""
     recipe: str | None = None
     """Instead of models: estimate the days a recipe (docs/recipes.md) takes on this device."""
-    images: int | None = None
+    images: Positive | None = None
     """Number of training images of the recipe, if its data set's size is not known."""
-    threads: int | None = None
+    threads: Positive | None = None
     """CPU threads; by default torch's choice, and one for a small batch."""
     settings: Repeated = field(default=(), metadata={"flag": "set", "metavar": "KEY=VALUE"})
     """Override a field of the architectures, e.g. token_mixing=untied; repeatable."""
@@ -230,20 +222,11 @@ class BenchmarkOptions(Options):
     """Replace existing files."""
 
     def __post_init__(self) -> None:
-        for size in self.batch_sizes or ():
-            between("batch_sizes", size, 1, LARGEST_BATCH)
         sizes = self.batch_sizes
         if sizes is not None and (not sizes or len(set(sizes)) < len(sizes)):
             raise UserError(f"batch_sizes needs one or more, each once, got {sizes}")
-        between("seconds", self.seconds, 0, 1e6, above=True, below=True)
-        between("budget", self.budget, 0, 1e6, above=True, below=True)
-        between("rounds", self.rounds, 1, 1000)
-        at_least("threads", self.threads, 1)
-        at_least("images", self.images, 1)
         needs({"images": self.images}, "recipe", self.recipe)
-        if self.recipe is not None and self.settings:
-            what = f"settings {' '.join(self.settings)}: the recipe brings its own model"
-            raise UserError(what, where="settings", fix="Leave out settings or recipe")
+        exclusive(recipe=self.recipe, settings=self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)

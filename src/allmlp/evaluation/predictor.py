@@ -1,7 +1,4 @@
-"""From images to model outputs, on one or several processes.
-
-evaluate, few-shot, predict, export and serve all compute here, so a model gives the same numbers in
-all of them: same packing, precision, threads, preprocessing and batches.
+"""From images to model outputs: evaluate, few-shot, predict, export and serve all compute here.
 
 Shapes: N images of a batch, K classes, C features.
 """
@@ -53,11 +50,9 @@ class Outputs:
 
 
 class Predictor:
-    """A model prepared for inference over many batches.
+    """A model prepared for inference over many batches; the weights are captured here.
 
-    The weights are captured at construction; the model itself and its mode do not change. Defaults:
-    `device` and `preprocessing` are the model's, and `precision` is float32. The attribute
-    `precision` is "float32" or "bfloat16", and `why` the reason for it.
+    `device` and `preprocessing` are the model's by default, `precision` is float32.
     """
 
     def __init__(
@@ -71,7 +66,7 @@ class Predictor:
         num_workers: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        at_least("batch_size", batch_size, 1, where="batch_size")
+        at_least("batch_size", batch_size, 1)
         self.model = model
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
@@ -121,24 +116,16 @@ class Predictor:
         """
         first, part = 0, source
         if world is not None and world.size > 1:
-            batches = math.ceil(len(source) / self.batch_size)
+            number = math.ceil(len(source) / self.batch_size)
             first, stop = (
-                min(batches * rank // world.size * self.batch_size, len(source))
+                min(number * rank // world.size * self.batch_size, len(source))
                 for rank in (world.rank, world.rank + 1)
             )
             part = subset(source, np.arange(first, stop), source.name)
         if self._inference is not None:
             self._inference.compile_for(len(part), self.batch_size)
-        for batch, (labels, *values) in self._computed(part, compute or self.logits):
-            bad = [replace(image, index=image.index + first) for image in batch.bad]
-            yield Outputs(tuple(values), labels, batch.indices.numpy() + first, bad)
-
-    def _computed(
-        self, source: Source, compute: Compute
-    ) -> Iterator[tuple[Batch, tuple[np.ndarray, ...]]]:
-        """Yields every batch with its labels and results on the CPU."""
         batches: Iterable[Batch] = evaluation_batches(
-            source,
+            part,
             self.preprocessing,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -149,19 +136,25 @@ class Predictor:
             pinned = (batch.pin_memory() if len(batch.labels) else batch for batch in batches)
             batches = on_device(pinned, self.device)
         pending: deque[tuple[Batch, Transfer]] = deque()
+
+        def oldest() -> Outputs:
+            batch, transfer = pending.popleft()
+            labels, *values = transfer.wait()
+            bad = [replace(image, index=image.index + first) for image in batch.bad]
+            return Outputs(tuple(values), labels, batch.indices.numpy() + first, bad)
+
         for batch in batches:
             values: Tensor | tuple[Tensor, ...] = ()
             if len(batch.labels):
                 operations = self.model.config.flops * len(batch.labels)
                 with torch.inference_mode(), step_threads(self.device, operations):
-                    values = compute(batch.images)
+                    values = (compute or self.logits)(batch.images)
             values = (values,) if isinstance(values, Tensor) else values
             pending.append((batch, Transfer((batch.labels, *values), stream)))
             if stream is None or len(pending) > 1:
-                done, transfer = pending.popleft()
-                yield done, transfer.wait()
-        for done, transfer in pending:
-            yield done, transfer.wait()
+                yield oldest()
+        while pending:
+            yield oldest()
 
 
 def check_finite(

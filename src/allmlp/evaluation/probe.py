@@ -55,10 +55,7 @@ def fit_probe(
 def out_of_fold(
     features: np.ndarray, labels: np.ndarray, num_classes: int, folds: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns the probabilities (N, K) of every image from the images of the other folds.
-
-    `folds` are int (N,), `stratified_folds` by default; the l2 that is best over all is used.
-    """
+    """Returns the probabilities (N, K) of every image from the other folds, at the best l2."""
     folds = stratified_folds(labels, FOLDS) if folds is None else folds
     truth = torch.from_numpy(labels)
     return _cross_validate(_standardised(features)[0], truth, num_classes, folds)[1]
@@ -143,10 +140,7 @@ def _conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor) -> 
 def _cross_validate(
     x: Tensor, labels: Tensor, num_classes: int, folds: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Returns the best l2 and its out-of-fold probabilities.
-
-    The penalty weakens until the log loss rises, which spares the badly conditioned rest.
-    """
+    """Returns the last l2 before the log loss rises, and its out-of-fold probabilities."""
     held_out = [torch.from_numpy(folds == fold) for fold in np.unique(folds)]
     starts: list[Tensor | None] = [None] * len(held_out)
     best, least = (0.0, torch.empty(0)), torch.inf
