@@ -75,6 +75,15 @@ def huge_claim() -> bytes:
     return struct.pack("<Q", len(header)) + header + b"0000"
 
 
+def deep(old: bool = False, step: bytes = b"\x85", times: int = 1_000_000) -> bytes:
+    """A tuple within a tuple within ...: hashing it, as a key, would end the process."""
+    pickled = b"\x80\x02})" + step * times + b"Ns."
+    if not old:
+        return archive({"x/other_data.pkl": b"N.", "x/data.pkl": pickled, "x/version": b"3\n"})
+    start = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    return start + pickled + pickle.dumps([], 2)
+
+
 HTML = b"<!doctype html>\n<html><title>404 not found</title></html>\n"
 GOOD_NPZ = (GOLDEN / "official_tiny_params.npz").read_bytes()
 ATTACKS: dict[str, Callable[[], bytes]] = {
@@ -95,6 +104,9 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "long.npz": lambda: archive({"a.npy": array("(1,)", "<f16", bytes(16))}),
     "deep.npz": lambda: archive({"a.npy": array("(" * 5000)}),
     "minus.npz": lambda: archive({"a.npy": array("-" * 5000 + "1")}),
+    "deep_tuple.pth": deep,
+    "deep_tuple_old.pth": lambda: deep(old=True),
+    "doubled_tuple.pth": lambda: deep(step=b"q\x01h\x01\x86", times=45),
     "script.pth": lambda: archive({"a/constants.pkl": b"", "a/data.pkl": b""}),
     "compressed.pth": lambda: archive({"a/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED),
     "cut.pth": lambda: saved({"a": torch.zeros(9)})[:-100],

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -142,11 +144,19 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str]:
     if path.suffix == ".safetensors":
         what = "a torch pickle under the name of a safetensors file"
         raise _hostile(path, what, "Ask its author, or call it what it is (.pth)")
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    check_nesting(io.BytesIO(archive.read(name)))
+    else:
+        with path.open("rb") as file:
+            for _ in range(5):  # before torch 1.6: magic, protocol, system, object, keys
+                check_nesting(file)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # used in timm's checkpoints
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|Unsupported operand (\d+)", str(error))
         if found is None:
@@ -172,6 +182,43 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str]:
     if claimed > 2 * size + 2**20:
         raise _hostile(path, f"the tensors claim {claimed:,} bytes, the file has {size:,}")
     return tensors, chosen
+
+
+_DEEPEST = 50  # levels: hashing a tuple nested as deeply as its file is long kills the process
+_MOST_SHARED = 1000  # values per operation: nesting a tuple in itself twice grows as 2^n
+_FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+
+
+def check_nesting(file: IO[bytes]) -> None:
+    """Walks a pickle without building its values; ValueError if they are nested too deeply."""
+    # Depth and number of values of every entry on the stack; None is a mark.
+    stack: list[tuple[int, int] | None] = []
+    memo: dict[Any, tuple[int, int] | None] = {}
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
+        name, before = operation.name, operation.stack_before
+        if name == "MARK":
+            stack.append(None)
+        elif "PUT" in name or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken: list[tuple[int, int]] = []
+            if pickletools.markobject in before:
+                while (value := stack.pop()) is not None:
+                    taken.append(value)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [value for _ in before if (value := stack.pop()) is not None]
+            inside = taken[:-1] if name in _FILLING else taken
+            depth = max((1 + depth for depth, _ in inside), default=0)
+            if name in _FILLING:
+                depth = max(depth, taken[-1][0])
+            size = 1 + sum(size for _, size in taken)
+            if depth > _DEEPEST or size > _MOST_SHARED * count:
+                raise ValueError(f"values within values, more than {_DEEPEST} deep")
+            stack += [(depth, size)] * len(operation.stack_after)
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
