@@ -84,8 +84,10 @@ def test_nothing_is_written_over(tmp_path: Path):
     pack_splits({"train": made()}, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with user_error("exists", str(tmp_path)):
-        pack_splits({"test": made(3)}, tmp_path)
+        pack_splits({"train": made(3), "test": made(3)}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    pack_splits({"test": made(3)}, tmp_path)  # another split is welcome
+    assert [len(source) for source in open_splits(str(tmp_path)).values()] == [12, 3]
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         pack_splits({"train": made(3)}, tmp_path / "file")

@@ -169,9 +169,12 @@ def pack_splits(
     between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # 32-bit offsets
     _pyarrow(folder)
     check_output_folder(folder)
-    if is_packed(folder):
-        what, fix = "the folder has packed images already", "Give another folder, or remove them"
-        raise UserError(what, where=folder, fix=fix, code="exists")
+    before = _read_manifest(folder) if is_packed(folder) else {}
+    if taken := ", ".join(sorted(splits.keys() & before)):
+        what = f"the folder has packed images of {taken} already"
+        raise UserError(
+            what, where=folder, fix="Give another folder, or remove them", code="exists"
+        )
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
@@ -181,12 +184,12 @@ def pack_splits(
                 split: _write_split(source, staging, split, shard_bytes, on_item)
                 for split, source in splits.items()
             }
+            new = {
+                name: (list(one.class_names), packed[name].files) for name, one in splits.items()
+            }
             described = {
-                split: {
-                    "class_names": list(source.class_names),
-                    "files": [[*astuple(file)] for file in packed[split].files],
-                }
-                for split, source in splits.items()
+                split: {"class_names": list(classes), "files": [[*astuple(file)] for file in files]}
+                for split, (classes, files) in (before | new).items()
             }
             manifest = {"format": FORMAT, "version": VERSION, "splits": described}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -196,11 +199,11 @@ def pack_splits(
                 os.replace(staging / name, folder / name)
             fsync(folder)
     finally:
-        if not is_packed(folder):
-            for name in names:
-                (folder / name).unlink(missing_ok=True)
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
+        listed = (folder / MANIFEST).read_text() if is_packed(folder) else ""
+        for name in (name for name in names if name not in listed):  # after a failure
+            (folder / name).unlink(missing_ok=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
     return packed
 
 
