@@ -172,9 +172,8 @@ def pack_splits(
     before = _read_manifest(folder) if is_packed(folder) else {}
     if taken := ", ".join(sorted(splits.keys() & before)):
         what = f"the folder has packed images of {taken} already"
-        raise UserError(
-            what, where=folder, fix="Give another folder, or remove them", code="exists"
-        )
+        fix = "Give another folder, or remove them"
+        raise UserError(what, where=folder, fix=fix, code="exists")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
@@ -184,9 +183,7 @@ def pack_splits(
                 split: _write_split(source, staging, split, shard_bytes, on_item)
                 for split, source in splits.items()
             }
-            new = {
-                name: (list(one.class_names), packed[name].files) for name, one in splits.items()
-            }
+            new = {name: (splits[name].class_names, packed[name].files) for name in packed}
             described = {
                 split: {"class_names": list(classes), "files": [[*astuple(file)] for file in files]}
                 for split, (classes, files) in (before | new).items()
