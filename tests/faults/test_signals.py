@@ -100,9 +100,10 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
     config = run_config(data, tmp_path / "run", checkpoint_every=6)
-    process = start(config, tmp_path / "said", "before_step(patch, 16, lambda _: time.sleep(600))")
+    wait = "before_step(patch, 16, lambda _: (print('waits', flush=True), time.sleep(600)))"
+    process = start(config, tmp_path / "said", wait)
     saved = tmp_path / "run" / "checkpoints" / "step-00000012"
-    until(lambda: logged(tmp_path / "run") == 16 and saved.exists(), 30.0)
+    until(lambda: "waits" in process.said() and saved.exists(), 30.0)
     process.send(number)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     assert process.poll() is None
@@ -117,9 +118,10 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
 def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
     config, proceed = run_config(data, tmp_path / "run"), tmp_path / "proceed"
-    fault = f"before_step(patch, 16, lambda _: until(Path({str(proceed)!r}).exists, 30.0))"
+    wait = f"until(Path({str(proceed)!r}).exists, 30.0)"
+    fault = f"before_step(patch, 16, lambda _: (print('waits', flush=True), {wait}))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
-    until(lambda: logged(tmp_path / "run") == 16, 30.0)
+    until(lambda: "waits" in process.said(), 30.0)
     process.send(signal.SIGINT)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     process.send(signal.SIGTERM)
