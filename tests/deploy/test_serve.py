@@ -85,8 +85,7 @@ def connected(
     service: Service, hosts: frozenset[str] | None = HOSTS, places: int = 8
 ) -> starlette_client.TestClient:
     app = make_app(service, hosts, places)
-    url = "http://127.0.0.1:8000"
-    return starlette_client.TestClient(app, base_url=url, raise_server_exceptions=False)
+    return starlette_client.TestClient(app, base_url="http://127.0.0.1:8000")
 
 
 def form(*contents: bytes, field: str = "images") -> list[tuple[str, tuple[str, bytes]]]:

@@ -19,11 +19,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from allmlp.deploy.browser import page_file
@@ -86,7 +87,6 @@ def make_app(service: Any, hosts: frozenset[str] | None, places: int = 8) -> ASG
         """An endpoint, named like the method of the service that answers it."""
 
         async def handle(request: Request) -> Response:
-            _check_allowed(request, hosts)
             number = _number(request, setting)
             check_places()  # a request still being sent takes none: slow clients block nobody
             images, is_form = await _read(request, service, most or service.max_images)
@@ -105,15 +105,13 @@ def make_app(service: Any, hosts: frozenset[str] | None, places: int = 8) -> ASG
         return Route(f"/{name}", handle, methods=["POST"])
 
     def get(name: str, answer: Callable[[], Response]) -> Route:
-        async def handle(request: Request) -> Response:  # plain functions would run in threads
-            _check_allowed(request, hosts)
+        async def handle(_: Request) -> Response:  # Starlette runs plain functions in threads
             return answer()
 
         return Route(f"/{name}", handle, methods=["GET"])
 
     def page(name: str) -> Callable[[], Response]:
-        kind = _TYPES[Path(name).suffix]
-        return partial(Response, page_file(name), headers=_HEADERS, media_type=kind)
+        return partial(Response, page_file(name), media_type=_TYPES[Path(name).suffix])
 
     routes = [
         *(get(path, page(name)) for path, name in _PAGE.items()),
@@ -123,8 +121,8 @@ def make_app(service: Any, hosts: frozenset[str] | None, places: int = 8) -> ASG
         post("occlusion", most=1),
         post("units", "layer", most=1),
     ]
-    errors = (HTTPException, UserError, ClientDisconnect, _GivenUp, Exception)
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _failed))
+    handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect, Exception), _failed)
+    return _guarded(Starlette(routes=routes, exception_handlers=handlers), hosts)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
@@ -141,20 +139,39 @@ async def _failed(_: Request, error: Exception) -> Response:
 def _json(values: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     # ASCII, because class names need not be valid text.
     content = json.dumps(values, allow_nan=False).encode("ascii")
-    headers = {**_HEADERS, **(headers or {})}
     return Response(content, status, headers, media_type="application/json")
 
 
-def _check_allowed(request: Request, hosts: frozenset[str] | None) -> None:
-    """Rejects requests for another host or from another origin; ports may differ by forwarding."""
-    host, origin, name = request.headers.get("host", ""), request.headers.get("origin"), None
+def _guarded(app: ASGIApp, hosts: frozenset[str] | None) -> ASGIApp:
+    """Rejects requests for another host or from another origin."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        reason = None
+        if scope["type"] == "http":
+            reason = _why_rejected(Headers(scope=scope), scope["method"], hosts)
+        answer = app if reason is None else _json({"error": reason}, 403)
+        with contextlib.suppress(Exception):  # answered and printed by `_failed`
+            await answer(scope, receive, send_with_headers)
+
+    return guarded
+
+
+def _why_rejected(headers: Headers, method: str, hosts: frozenset[str] | None) -> str | None:
+    """Returns why a request is rejected, or None. Ports may differ because of forwarding."""
+    host, origin, name = headers.get("host", ""), headers.get("origin"), None
     with contextlib.suppress(ValueError):
         name = urlsplit(f"//{host}").hostname
     if hosts is not None and name not in hosts:
-        raise HTTPException(403, f"this server is not called {host[:100]!r}")
+        return f"this server is not called {host[:100]!r}"
     own = (f"http://{host}".lower(), f"https://{host}".lower())
-    if request.method == "POST" and origin is not None and origin.lower() not in own:
-        raise HTTPException(403, f"cross-origin request from {origin[:100]!r} rejected")
+    if method not in ("GET", "HEAD") and origin is not None and origin.lower() not in own:
+        return f"cross-origin request from {origin[:100]!r} rejected"
+    return None
 
 
 def _number(request: Request, known: str | None) -> list[int]:
