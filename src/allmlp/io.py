@@ -163,7 +163,7 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK = ".partial", ".lock"
 _STALE = 24 * 3600.0  # seconds unchanged, after which a partial file is abandoned
 
 Content = bytes | str | Callable[[Path], None]
@@ -218,18 +218,13 @@ def machine() -> str:
 
 
 def remove_stale(folder: Path, name: str = "") -> None:
-    """Removes partial files and folders (of one name) that killed processes left in a folder."""
+    """Removes partial files (of one name) left in a folder by killed processes."""
     start = f".{glob.escape(name)}." if name else "."
     for left in folder.glob(f"{start}*{_PARTIAL}"):
         host, _, process = left.name.removesuffix(_PARTIAL).rpartition(".")[2].partition("-")
         with contextlib.suppress(OSError):
-            if host == machine() and process.isdecimal() and sys.platform != "win32":
-                is_stale = not process_lives(int(process))
-            else:
-                is_stale = time.time() - left.stat().st_mtime > _STALE
-            if is_stale and left.is_dir():
-                shutil.rmtree(left)
-            elif is_stale:
+            is_dead = host == machine() and process.isdecimal() and not process_lives(int(process))
+            if is_dead or time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
 
 
@@ -281,13 +276,30 @@ def locked(path: Path, timeout: float = 0.0) -> FileLock | None:
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to a path, for files to be renamed to it."""
-    remove_stale(path.parent, path.name)
-    suffix = f".{machine()}-{os.getpid()}{_PARTIAL}"
-    folder = Path(tempfile.mkdtemp(suffix, f".{path.name}.", path.parent))
+    """Yields a temporary folder next to a path, for files to be renamed to it; removes those that
+    killed processes left. A live process holds a lock, which ends with it."""
+    from filelock import Timeout  # takes 0.2 s to import
+
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+        with contextlib.suppress(OSError, Timeout):
+            lock = locked(left / _LOCK)
+            if lock is None:  # its process may be at work
+                continue
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        try:
+            lock = locked(folder / _LOCK, timeout=60)
+            break
+        except OSError:  # another process removed it before it was locked
+            if folder.exists():
+                raise
     try:
         yield folder
     finally:
+        if lock is not None:
+            lock.release()  # first: some systems cannot delete open files
         shutil.rmtree(folder, ignore_errors=True)
 
 

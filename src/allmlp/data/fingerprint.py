@@ -101,10 +101,16 @@ def read_exclude_list(path: str | Path) -> ExcludeList:
 def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     """Returns a full split without the excluded images; the list must have been made for it."""
     own, mine = own_names(source), excluded.images.get(split, {})
-    found, wanted = (len(own), _checksum(own)), excluded.splits.get(split, (0, ""))
-    if found != wanted or any(own[at : at + 1] != [name] for at, name in mine.items()):
-        what = f"the list was made for other data: its {split} has {wanted[0]:,} images, "
-        what += f"{source.name} has {found[0]:,}, or other names"
+    number, checksum = excluded.splits.get(split, (0, ""))
+    problem = None
+    if number != len(own):
+        problem = f"its {split} has {number:,} images, {source.name} has {len(own):,}"
+    elif checksum != _checksum(own):
+        problem = f"images of the {split} split have other names"
+    elif any(own[at : at + 1] != [name] for at, name in mine.items()):
+        problem = f"lines of the {split} split have been changed"
+    if problem is not None:
+        what = f"the list was made for other data: {problem}"
         raise UserError(what, where=excluded.path, fix=_FIX)
     if len(mine) == len(own):
         raise UserError(f"the list leaves no image of the {split} split", where=excluded.path)

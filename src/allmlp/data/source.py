@@ -39,9 +39,14 @@ class Images(Protocol):
 
 
 class PackedBytes:
-    """Many byte strings in one buffer, which forked processes share."""
+    """Many byte strings in one buffer, uint8, split at `ends`, int64 (n + 1,); shared by forks."""
 
-    def __init__(self, parts: Iterable[bytes]) -> None:
+    def __init__(self, parts: Iterable[bytes] | tuple[np.ndarray, np.ndarray]) -> None:
+        self._buffer: Any
+        self._ends: Any
+        if isinstance(parts, tuple):
+            self._buffer, self._ends = parts
+            return
         buffer, ends = bytearray(), array("q", [0])
         for part in parts:
             buffer += part
@@ -62,8 +67,9 @@ class PackedBytes:
 class PackedStrings:
     """Many strings (paths, in any encoding) in one buffer, like `PackedBytes`."""
 
-    def __init__(self, parts: Iterable[str | bytes]) -> None:
-        self._packed = PackedBytes(map(os.fsencode, parts))
+    def __init__(self, parts: Iterable[str] | PackedBytes) -> None:
+        is_packed = isinstance(parts, PackedBytes)
+        self._packed = parts if is_packed else PackedBytes(map(os.fsencode, parts))
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -210,15 +216,17 @@ class Joined:
     parts: tuple[Images, ...]
 
     @functools.cached_property
-    def _ends(self) -> list[int]:
-        return [*accumulate(map(len, self.parts))]
+    def _starts(self) -> list[int]:
+        return [*accumulate(map(len, self.parts), initial=0)]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def _at(self, index: int) -> tuple[Images, int]:
-        at = bisect_right(self._ends, index)
-        return self.parts[at], index - (self._ends[at - 1] if at else 0)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = bisect_right(self._starts, index) - 1
+        return self.parts[at], index - self._starts[at]
 
     def read(self, index: int) -> bytes:
         part, at = self._at(index)

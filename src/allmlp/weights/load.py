@@ -213,10 +213,10 @@ def _at_size(
     report: Reporter,
 ) -> Preprocessing | None:
     sizes = f"{size_text(old.image_size)} -> {size_text(new.image_size)}"
-    report.say(f"resized  {sizes} pixels: {how}")
     if preprocessing is not None and preprocessing.permutation != "none":
         what = "the model was trained on permuted pixels, which belong to one image size"
         raise UserError(what, where="image_size", fix="Leave it out")
+    report.say(f"resized  {sizes} pixels: {how}")
     return preprocessing and replace(preprocessing, image_size=new.image_size)
 
 

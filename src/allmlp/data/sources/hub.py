@@ -15,6 +15,7 @@ from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, split_nam
 from allmlp.data.sources.columns import Kind, Rows
 from allmlp.data.sources.parquet import arrow_cells, arrow_rows, class_names_of, image_column
 from allmlp.errors import UserError
+from allmlp.io import is_reachable
 from allmlp.names import HUB_NAME, import_extra
 
 PREFIX = "hf:"
@@ -92,14 +93,20 @@ def _open_split(dataset: Any, spec: SourceSpec, split: str) -> Rows:
 def _load(repository: str, revision: str | None, spec: SourceSpec) -> Any:
     what = "reading data sets of the hub needs the package datasets"
     datasets = import_extra("datasets", "data", what, spec.base)
-    config = spec.options.get("config")
+    from huggingface_hub import constants
+
+    config, offline = spec.options.get("config"), constants.HF_HUB_OFFLINE
     try:
+        if not (offline or is_reachable(constants.ENDPOINT)):  # or they retry for half a minute
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return datasets.load_dataset(repository, config, revision=revision, streaming=False)
     except Exception as error:  # from the package, the hub or the network
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         fix = f"See https://huggingface.co/datasets/{repository}; if it has several configurations:"
         fix += f" '{spec.base}#config=NAME'; if it is private: hf auth login"
         raise UserError(f"cannot load {repository}: {reason}", where=spec.base, fix=fix) from error
+    finally:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 
 
 KIND = Kind(

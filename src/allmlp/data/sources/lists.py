@@ -122,11 +122,13 @@ def _open(path: Path) -> TextIO:
 
 def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     first = file.readline()
-    file.seek(0)
-    reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count), strict=True)
+    separator = re.fullmatch(r'"?sep=(.)"?\s*', first)  # of some Excel exports
+    above = 1 if separator else file.seek(0)  # lines
+    delimiter = separator[1] if separator else max(",;\t", key=first.count)
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
 
     def mistake(what: str) -> UserError:
-        return UserError(what, where=f"{path}, line {reader.reader.line_num}", fix=_FIX)
+        return UserError(what, where=f"{path}, line {above + reader.reader.line_num}", fix=_FIX)
 
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
@@ -136,7 +138,7 @@ def _read_csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for row in reader:
             if None in row or None in row.values():
                 raise mistake(f"more or fewer fields than the {len(names)} of the header")
-            yield reader.line_num, row
+            yield above + reader.line_num, row
     except csv.Error as error:
         raise mistake(f"not CSV: {error}") from error
 

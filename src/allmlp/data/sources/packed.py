@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from allmlp.data.source import (
     GROUP,
     BadImage,
     ByteRanges,
+    PackedBytes,
     PackedStrings,
     Source,
     check_one_label,
@@ -30,7 +31,14 @@ from allmlp.data.source import (
 from allmlp.data.source_spec import SPLITS, SourceSpec
 from allmlp.data.sources.columns import Kind, Rows
 from allmlp.errors import UserError, between
-from allmlp.io import check_output_folder, fsync, parse_json, sha256_of, staging_folder
+from allmlp.io import (
+    atomic_write,
+    check_output_folder,
+    fsync,
+    parse_json,
+    sha256_of,
+    staging_folder,
+)
 from allmlp.names import import_extra, is_format
 
 MANIFEST = "packed.json"
@@ -90,7 +98,10 @@ def verify(folder: Path) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]]:
+    """Returns the class names and files of each split; empty without a manifest."""
     path = folder / MANIFEST
+    if not path.exists():
+        return {}
     try:
         values = parse_json(path.read_bytes())
         if not is_format(values["format"], FORMAT) or values["version"] != VERSION:
@@ -109,35 +120,41 @@ def _read_manifest(folder: Path) -> dict[str, tuple[list[str], list[PackedFile]]
 
 def _index(folder: Path, files: list[PackedFile]) -> tuple[ByteRanges, np.ndarray]:
     parts: list[tuple[np.ndarray, ...]] = []
-    names: list[bytes] = []
     for number, file in enumerate(files):
         _check_size(folder, file)  # a truncated file must not be mapped
         path = folder / file.name
         try:
-            for own, offsets, lengths, labels in _batches(path):
-                parts.append((np.full(len(own), number, np.int32), offsets, lengths, labels))
-                names += own
+            parts += [(np.full(len(part[0]), number, np.int32), *part) for part in _batches(path)]
         except UserError:
             raise
         except (OSError, LookupError, ValueError) as error:  # pyarrow raises ValueErrors
             raise UserError(f"the file is damaged: {error}", where=path, fix=_FIX) from error
-    numbers, offsets, lengths, labels = map(np.concatenate, zip(*parts, strict=True))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    numbers, offsets, sizes, labels, letters, lengths = columns
+    names = PackedStrings(PackedBytes((letters, np.concatenate([[0], np.cumsum(lengths)]))))
     paths = [str(folder / file.name) for file in files]
-    return ByteRanges(paths, numbers, offsets, lengths, PackedStrings(names)), labels
+    return ByteRanges(paths, numbers, offsets, sizes, names), labels
 
 
-def _batches(path: Path) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the images' names, their places in the file and lengths, and labels."""
+def _batches(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields the images' offsets, lengths and labels, and their names and name lengths."""
+
+    def buffer(column: Any) -> tuple[np.ndarray, Any]:
+        """The offsets of a column of bytes or text, and its buffer."""
+        _, offsets, data = column.buffers()
+        return np.frombuffer(offsets, np.int32)[: len(column) + 1].astype(np.int64), data
+
     pa = _pyarrow(path)
     with pa.memory_map(str(path)) as file:
         whole = file.read_buffer()
         for batch in pa.ipc.open_stream(whole):
             image = batch.column("image")
-            _, ends, data = image.field("bytes").buffers()
-            ends = np.frombuffer(ends, np.int32)[: len(batch) + 1].astype(np.int64)
-            names = image.field("path").cast(pa.binary()).to_pylist()
+            ends, data = buffer(image.field("bytes"))
+            name_ends, names = buffer(image.field("path"))
+            name_bytes = np.frombuffer(names, np.uint8)[name_ends[0] : name_ends[-1]].copy()
+            offsets = data.address - whole.address + ends[:-1]
             labels = batch.column("label").to_numpy().copy()
-            yield names, data.address - whole.address + ends[:-1], np.diff(ends), labels
+            yield offsets, np.diff(ends), labels, name_bytes, np.diff(name_ends)
 
 
 def _pyarrow(where: object) -> Any:
@@ -159,6 +176,8 @@ def pack_splits(
     on_item: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Packed]:
     """Packs splits into a folder, all or nothing and deterministic; images keep their bytes."""
+    from filelock import FileLock
+
     check_one_label(splits.values(), "packed data")
     for source in splits.values():
         for role in (GROUP, FOLD):
@@ -169,39 +188,52 @@ def pack_splits(
     between("shard_bytes", shard_bytes, 1, 2**31 - 1)  # 32-bit offsets
     _pyarrow(folder)
     check_output_folder(folder)
-    before = _read_manifest(folder) if is_packed(folder) else {}
-    if taken := ", ".join(sorted(splits.keys() & before)):
-        what = f"the folder has packed images of {taken} already"
-        fix = "Give another folder, or remove them"
-        raise UserError(what, where=folder, fix=fix, code="exists")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     try:
         with staging_folder(folder / "packing") as staging:
+            _check_free(folder, splits)
             packed = {
                 split: _write_split(source, staging, split, shard_bytes, on_item)
                 for split, source in splits.items()
             }
-            new = {name: (splits[name].class_names, packed[name].files) for name in packed}
-            described = {
-                split: {"class_names": list(classes), "files": [[*astuple(file)] for file in files]}
-                for split, (classes, files) in (before | new).items()
-            }
-            manifest = {"format": FORMAT, "version": VERSION, "splits": described}
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            names += [file.name for split in packed.values() for file in split.files]
-            for name in (*names, MANIFEST):  # which makes them data
+            names = [file.name for split in packed.values() for file in split.files]
+            for name in names:
                 fsync(staging / name)
                 os.replace(staging / name, folder / name)
             fsync(folder)
+            with FileLock(folder / ".packed.lock", timeout=60):
+                written = _check_free(folder, splits)
+                for split, source in splits.items():
+                    written[split] = list(source.class_names), packed[split].files
+                described = {
+                    split: {"class_names": names, "files": [[*astuple(file)] for file in files]}
+                    for split, (names, files) in written.items()
+                }
+                manifest = {"format": FORMAT, "version": VERSION, "splits": described}
+                # Commits all files at once.
+                atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     finally:
-        listed = (folder / MANIFEST).read_text() if is_packed(folder) else ""
-        for name in (name for name in names if name not in listed):  # after a failure
+        known = {file.name for _, files in _read_manifest(folder).values() for file in files}
+        for name in set(names) - known:  # after a failure
             (folder / name).unlink(missing_ok=True)
+        (folder / ".packed.lock").unlink(missing_ok=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
     return packed
+
+
+def _check_free(
+    folder: Path, splits: Iterable[str]
+) -> dict[str, tuple[list[str], list[PackedFile]]]:
+    written = _read_manifest(folder)
+    for split in splits:
+        if split in written:
+            what = f"the folder has packed images of {split} already"
+            fix = "Give another folder, or remove them"
+            raise UserError(what, where=folder, fix=fix, code="exists")
+    return written
 
 
 def _write_split(

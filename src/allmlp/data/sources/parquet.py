@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,10 @@ def arrow_cells(values: Any, class_names: list[str] | None, column: str, file: o
         return numbered([class_names[at] if at in known else None for at in row] for row in rows)
     if class_names is not None and not values.null_count and types.is_integer(values.type):
         return RawLabels(values.to_numpy(), class_names, are_classes=True)
-    return numbered(values.to_pylist())
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    return RawLabels(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
 def _holds_labels(kind: Any) -> bool:
@@ -155,13 +157,22 @@ class ParquetImages:
 
 
 def hold(parts: Sequence[ParquetImages]) -> None:
-    """Reads the images into memory, unless they are too large."""
-    if sum(part.num_bytes for part in parts) > HELD_BYTES:
-        return
-    for part in parts:
-        groups = enumerate(part.starts[:-1].tolist())
-        read = (_row_group.__wrapped__(part.file, part.column, *group) for group in groups)
-        part.held = PackedBytes(chain.from_iterable(read))
+    """Reads the images into memory, unless they are too large; a file may store copies once."""
+    room = HELD_BYTES
+
+    def images(part: ParquetImages) -> Iterator[bytes]:
+        nonlocal room
+        for number, first in enumerate(part.starts[:-1].tolist()):
+            for data in _row_group.__wrapped__(part.file, part.column, number, first):
+                room -= len(data)
+                if room < 0:
+                    return
+                yield data
+
+    if parts[0].held is None and sum(part.num_bytes for part in parts) <= HELD_BYTES:
+        held = [PackedBytes(images(part)) for part in parts]
+        for part, data in zip(parts, held if room >= 0 else (), strict=False):
+            part.held = data
 
 
 @functools.lru_cache(maxsize=2)

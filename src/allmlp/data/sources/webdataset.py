@@ -48,8 +48,7 @@ def _samples(
     path: str, number: int, labels: bool
 ) -> Iterator[tuple[tuple[int, int, int], str, Any]]:
     """Yields (file, offset, length), name and label of every image; None if it has no label."""
-    images: dict[tuple[str, str], tuple[tuple[int, int, int], str]] = {}
-    cells: dict[tuple[str, str], Any] = {}
+    last, image, label = None, None, None
     try:
         with open(path, "rb") as file:
             for member in tar_members(path):
@@ -57,20 +56,24 @@ def _samples(
                 key, suffix = (folder, base.partition(".")[0]), os.path.splitext(base)[1].lower()
                 if base.startswith("."):  # macOS adds hidden files
                     continue
+                if key != last:  # the members of a sample are adjacent
+                    if image is not None:
+                        yield *image, label
+                    last, image, label = key, None, None
                 if suffix in SUFFIXES:
-                    if key in images:
-                        what = f"two images of one sample: {images[key][1]}, {member.name}"
+                    if image is not None:
+                        what = f"two images of one sample: {image[1]}, {member.name}"
                         raise UserError(what, where=path, fix="A sample has one image")
-                    images[key] = (number, member.offset_data, member.size), member.name
+                    image = (number, member.offset_data, member.size), member.name
                 elif labels and suffix in (".cls", ".json"):
                     file.seek(member.offset_data)
-                    label = _label(member.name, file.read(min(member.size, _LABEL_BYTES)), path)
-                    cells[key] = cells.get(key) if label is None else label
+                    own = _label(member.name, file.read(min(member.size, _LABEL_BYTES)), path)
+                    label = label if own is None else own
     except (tarfile.TarError, OSError, EOFError) as error:
         what = f"the tar is damaged, cut short or compressed: {error}"
         raise UserError(what, where=path, fix="Fetch it again; unpack .gz first") from error
-    for key, image in images.items():
-        yield *image, cells.get(key)
+    if image is not None:
+        yield *image, label
 
 
 def _label(name: str, text: bytes, path: str) -> Any:
