@@ -95,8 +95,10 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         report.say(f"warning  {line}", style="yellow")
     has_temperature = net.decision.temperature != 1.0
     if not has_temperature:
-        few = f"fewer than {LEAST_IMAGES} images, or too many to keep their logits"
-        report.say(f"no temperature: {few}, or one would not lower the loss")
+        few = f"there are fewer than {LEAST_IMAGES} images"
+        why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
+        why = why if result.rows is None else "the logits of so many images are not kept"
+        report.say(f"no temperature: {why}")
     for line in summary(net.decision):
         report.say(line)
     if not result.is_multi_label:

@@ -45,6 +45,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
     whole = {candidate.lower(): candidate for candidate in known}
     names = {key.rpartition(".")[2]: candidate for key, candidate in whole.items()} | whole
     near = difflib.get_close_matches(name.lower(), names, cutoff=0.65)
+    near = near or [key for key in names if len(name) > 2 and name.lower() in key][:3]  # a part
     return f"Did you mean {' or '.join(dict.fromkeys(names[key] for key in near))}? " * bool(near)
 
 

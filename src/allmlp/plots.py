@@ -296,6 +296,8 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         accuracy.legend()
         lowest = np.nanmin([top1, balanced])
         accuracy.set_ylim(max(lowest - max(0.15 * (100 - lowest), 0.5), 0), 100)  # no margin above
+    else:
+        accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
     if steps or rows:
         loss.legend()
     loss.set(title="loss", xlabel="epoch", yscale="log")

@@ -45,7 +45,7 @@ def test_packing_imports_no_sympy():
         ("data chek x", "Did you mean check? Known: check, mistakes, pack"),
         ("version", "Did you mean --version?"),
         ("train --epoch 3", "--epochs"),
-        ("train --epochs many", "Error parsing --epochs"),
+        ("train --epochs many", "--epochs takes a whole number, got 'many'"),
     ],
 )
 def test_typos(capsys, line, words):

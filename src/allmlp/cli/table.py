@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class Command:
         except SystemExit as end:
             if not end.code:
                 raise
-            raise UsageError(errors.getvalue()) from None
+            raise _wrong_number(errors.getvalue()) or UsageError(errors.getvalue()) from None
         values = vars(parsed) | own
         named = {word.rstrip("?*"): values.pop(word.rstrip("?*")) for word in positional}
         options = kind(**values)
@@ -88,6 +89,19 @@ class Command:
             code, result = result.code, result.values
         source = named.get("weights") or named.get("model")
         return code, result if source is None else Sourced(source, result)
+
+
+def _wrong_number(printed: str) -> UserError | None:
+    """Returns the error for an option that takes a number and got something else, which tyro
+    explains by Python's types."""
+    text = " ".join(re.sub("[╭╮╰╯─│]", " ", printed).split())
+    kind = r"(?:no type matching \S*?\b(INT|FLOAT)\b\S* could be .*? from \['(.*?)'\]"
+    kind += r"|invalid literal for (int)\(\) with base 10: '(.*?)')"
+    found = re.search(rf"Error parsing (--[\w-]+): {kind}", text)
+    if found is None:
+        return None
+    number = "a number" if found[2] == "FLOAT" else "a whole number"
+    return UserError(f"{found[1]} takes {number}, got {found[3] or found[5]!r}", code="usage")
 
 
 def _found(path: str) -> tuple[types.ModuleType, str]:

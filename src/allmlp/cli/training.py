@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 from allmlp.errors import UserError, exclusive, needs
@@ -102,10 +101,11 @@ def _train_or_fold(config: TrainConfig, options: Any, splits: Any = None) -> Any
 
 def _dry_study(config: TrainConfig, runs: int) -> dict[str, float]:
     """Prints and returns the time that this number of such runs takes."""
+    from allmlp.training.report import duration
     from allmlp.training.train import train
 
     seconds = train(config, dry_run=True, in_study=True).expected_seconds or 0.0
-    print(f"study    {runs} such runs: about {timedelta(seconds=round(runs * seconds))}")
+    print(f"study    {runs} such runs: about {duration(runs * seconds)}")
     return {"expected_seconds": runs * seconds}
 
 

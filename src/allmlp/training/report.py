@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import shlex
 import shutil
@@ -124,6 +125,17 @@ def _balance(run: Run) -> Iterable[tuple[str, str]]:
     elif counts[many] >= _UNEVEN * counts[few] and run.config.model.train_only != "probe":
         ways = "weights" if source.is_multi_label else "weights or sampler"
         yield "note", f"{names[few]!r} is rare: balance ({ways}) would give it equal weight"
+
+
+def duration(seconds: float) -> str:
+    """Formats a duration in its two largest units: "12 min 5 s", "4 days 11 h"."""
+    units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    for (name, size), (small_name, small) in itertools.pairwise(units):
+        whole, rest = divmod(round(seconds / small), size // small)
+        if whole:
+            name += "s" * (name == "day" and whole > 1)
+            return f"{whole:,} {name}" + (f" {rest} {small_name}" if rest and whole < 100 else "")
+    return f"{round(seconds)} s"
 
 
 def resume_command(run: Run) -> str:

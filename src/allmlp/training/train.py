@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +50,7 @@ from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import (
     TrainResult,
     announce,
+    duration,
     finish,
     measure,
     predictor_of,
@@ -380,8 +380,7 @@ class Trainer(Run):
         work = f"{plural(steps, 'step')} of {total / steps:.2g} s, including evaluations"
         if config.model.train_only == "probe":
             work = f"{plural(len(self.splits.train), 'image')} to compute features of"
-        about = timedelta(seconds=round(total))
-        self.report.say(f"time     about {about} ({work}), measured on this machine")
+        self.report.say(f"time     about {duration(total)} ({work}), measured on this machine")
         return total
 
     def probe(self) -> None:
@@ -516,7 +515,7 @@ class Trainer(Run):
         epoch = min(int(self.epochs * step / self.num_steps + 1e-9) + 1, total)
         bar.advance(1, note, f"epoch {epoch}/{total}")
         if not self.report.console.is_terminal and seconds - self.last_line > 30:
-            left = timedelta(seconds=round((self.num_steps - step - 1) * seconds / done))
+            left = duration((self.num_steps - step - 1) * seconds / done)
             self.report.say(f"step {step + 1:,} of {self.num_steps:,}   {note}   {left} to go")
             self.last_line = seconds
 
