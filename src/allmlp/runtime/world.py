@@ -92,7 +92,7 @@ class World:
             value = _tried(function)
         own = value if isinstance(value, UserError) else None if value is None else _share(value)
         shared = self._checked(self.gather(own))[first]
-        with contextlib.suppress(OSError):  # not allowed in this container
+        with contextlib.suppress(OSError, ValueError):  # another container under the same name
             value = value if shared is None else _mapped(shared)  # on the first, too: one copy
         if value is None:
             value = function()
@@ -102,10 +102,12 @@ class World:
         return value
 
     def _checked(self, values: list[Any]) -> list[Any]:
-        """Raises the first UserError of these, which its own process prints."""
+        """Raises the first UserError of these, which all have and rank 0 prints."""
         for rank, value in enumerate(values):
             if isinstance(value, UserError):
-                value.is_printed = rank != self.rank
+                value.is_printed = not self.is_main
+                value.what = f"rank {rank}: {value.what}" if rank else value.what
+                value.args = (value.text(),)
                 raise value
         return values
 
@@ -135,6 +137,7 @@ class _Shared(NamedTuple):
 
     process: int
     descriptor: int
+    token: bytes  # what it begins with
     places: list[tuple[int, int]]  # first byte and size of the pickle and of every array in it
 
 
@@ -143,20 +146,28 @@ def _share(value: Any) -> _Shared | None:
     arrays: list[pickle.PickleBuffer] = []
     parts = [pickle.dumps(value, protocol=5, buffer_callback=arrays.append)]
     try:
-        shared = _Shared(os.getpid(), os.memfd_create(NAME), [])
+        shared = _Shared(os.getpid(), os.memfd_create(NAME), os.urandom(16), [])
     except (AttributeError, OSError):  # not Linux, or not allowed
         return None
-    with open(shared.descriptor, "wb", closefd=False) as file:
-        for part in (*parts, *(array.raw() for array in arrays)):
-            file.write(bytes(-file.tell() % 64))
-            shared.places.append((file.tell(), len(part)))
-            file.write(part)
+    try:
+        with open(shared.descriptor, "wb", closefd=False) as file:
+            file.write(shared.token)
+            for part in (*parts, *(array.raw() for array in arrays)):
+                file.write(bytes(-file.tell() % 64))
+                shared.places.append((file.tell(), len(part)))
+                file.write(part)
+    except OSError:  # too little memory
+        os.close(shared.descriptor)
+        return None
     return shared
 
 
 def _mapped(shared: _Shared) -> Any:
     """Returns a shared value, whose arrays stay where they are until they are written to."""
-    with open(f"/proc/{shared.process}/fd/{shared.descriptor}", "rb") as file:
+    path = f"/proc/{shared.process}/fd/{shared.descriptor}"
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if file.read(len(shared.token)) != shared.token:
+            raise ValueError("another file")
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     data, *arrays = (memory[start : start + size] for start, size in shared.places)
     return pickle.loads(data, buffers=arrays)

@@ -196,6 +196,8 @@ class Checkpoints:
             try:
                 return verify(path)
             except UserError as error:
+                if error.code == "old-format":
+                    raise
                 self._damaged.add(path.name)
                 self._say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
         return None
@@ -266,7 +268,9 @@ def verify(folder: Path, *, deep: bool = True) -> Checkpoint:
     try:
         raw = path.read_bytes()
         if raw.startswith(b'{\n "format": 1,'):
-            raise UserError("only version 0.1, which wrote it, can read it", where=path)
+            what = "version 0.1 wrote this checkpoint, and only that version can resume it"
+            fix = f"Train on from its weights: mixer finetune {folder.parents[1]} --data SOURCE"
+            raise UserError(what, where=path, fix=fix, code="old-format")
         if raw != _with_checksum(raw.partition(b"\n")[2].removesuffix(b"}\n")):
             raise UserError("it is damaged: its checksum does not match", where=path)
         content = parse_json(raw)["content"]

@@ -93,7 +93,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     is_all = trained == model.num_parameters
     head = "" if is_all else f"; only the {trained:,} of the head are trained"
-    lines.append(("model", f"{type(model).__name__}, {described(model)}{head}"))
+    kind = type(model).__name__.removeprefix("FSDP")
+    lines.append(("model", f"{kind}, {described(model)}{head}"))
     if config.model.weights is not None:
         lines.append(("", f"starts from the weights {config.model.weights}"))
     threads = f" ({plural(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else ""

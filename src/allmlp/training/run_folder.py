@@ -188,7 +188,16 @@ class RunFolder:
         if not writes:
             return
         try:
-            path.mkdir(parents=True, exist_ok=config.output is not None)  # planned names are new
+            while config.output is None:  # a concurrent run may have taken the planned name
+                try:
+                    self.path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    self.path = planned_path(config)
+            path = self.path
+            self.plots, self.best = path / "plots", path / "best"
+            self.checkpoints = path / "checkpoints"
+            path.mkdir(parents=True, exist_ok=True)
             self.plots.mkdir(exist_ok=True)
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
