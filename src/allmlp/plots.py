@@ -297,6 +297,7 @@ def curves(metrics: Sequence[Mapping[str, float]], results: Sequence[Mapping[str
         lowest = np.nanmin([top1, balanced])
         accuracy.set_ylim(max(lowest - max(0.15 * (100 - lowest), 0.5), 0), 100)  # no margin above
     else:
+        accuracy.set(title="validation accuracy (%)")
         accuracy.text(0.5, 0.5, "no validation images", ha="center", transform=accuracy.transAxes)
     if steps or rows:
         loss.legend()

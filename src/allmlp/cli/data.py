@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +142,9 @@ def _lines(
     for name, split in splits.items():
         yield f"{name}: {_counted({**split['formats'], **split['modes']})}"
         if split["labels_per_image"]:
-            yield f"  images by number of labels: {_counted(split['labels_per_image'])}"
+            numbers = split["labels_per_image"].items()
+            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
+            yield f"  labels per image: {per_image}"
             yield f"  images per class: {_counted(split['class_counts'])}"
         missing = [kind for kind, count in split["class_counts"].items() if not count]
         if missing:
@@ -217,8 +220,11 @@ class PackOptions(Options):
     def shard_bytes(self) -> int:
         from pydantic import ByteSize, Field, TypeAdapter
 
+        text = self.shard_size.strip()
         try:
-            return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(self.shard_size)
+            if not re.fullmatch(r"\d{1,15}(\.\d{1,9})?\s*([KMGkmg]i?)?[Bb]?", text):
+                raise ValueError("ByteSize ignores what follows a size")
+            return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(text)
         except ValueError as error:
             what, fix = f"not a size: {self.shard_size!r}", "For example 256MB, 1GB or 512MiB"
             raise UserError(what, where="shard_size", fix=fix) from error
