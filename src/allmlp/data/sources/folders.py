@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ def open_folders(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
             break
         folder /= inner[0]
     if not labels and not subfolders(folder):
-        images, note = _images(folder, [""])
+        images, _, note = _images(folder, [""])
         if not len(images):
             raise no_images(folder)
         yield Rows(images, {}, "train", notes=note)
@@ -62,25 +61,31 @@ def open_folders(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         classes = subfolders(path)
         if not classes:
             raise UserError("no class folders found", where=path, fix=f"Arrange it as {LAYOUT}")
-        found, note = _images(path, classes)
+        found, counts, note = _images(path, classes)
         images: Images = found
         if group is not None:
             groups = PackedStrings(_group_of(file, group, path) for file in found.paths)
             images = replace(unlabelled(found, str(path)), columns={GROUP: groups})
-        counts = Counter(file.partition(os.sep)[0] for file in found.paths)
-        for name in classes:
-            if not counts[name]:
-                raise no_images(path / name, f"class {name!r}")
-        labels_of = np.repeat(np.arange(len(classes)), [counts[name] for name in classes])
+        if 0 in counts:
+            empty = classes[counts.index(0)]
+            raise no_images(path / empty, f"class {empty!r}")
+        labels_of = np.repeat(np.arange(len(classes)), counts)
         raw = RawLabels(labels_of, [name.strip() or name for name in classes], are_classes=True)
         yield Rows(images, {"label": lambda raw=raw: raw}, split, notes=(*notes, *note))
 
 
-def _images(folder: Path, inside: list[str]) -> tuple[ImageFiles, tuple[str, ...]]:
-    passed_over: Counter[str] = Counter()
-    scans = (scan_images(str(folder), name, passed_over) for name in inside)
-    images = ImageFiles(PackedStrings(chain.from_iterable(scans)), str(folder))
-    return images, passed_over_note(passed_over, folder)
+def _images(folder: Path, inside: list[str]) -> tuple[ImageFiles, list[int], tuple[str, ...]]:
+    """Returns the images, how many of them each folder inside has, and a note."""
+    counts, passed_over = [0] * len(inside), Counter[str]()
+
+    def paths() -> Iterator[str]:
+        for at, name in enumerate(inside):
+            for path in scan_images(str(folder), name, passed_over):
+                counts[at] += 1
+                yield path
+
+    images = ImageFiles(PackedStrings(paths()), str(folder))
+    return images, counts, passed_over_note(passed_over, folder)
 
 
 def scan_images(
