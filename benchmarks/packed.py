@@ -21,7 +21,7 @@ from PIL import Image
 from allmlp.data.source import EncodedImages, labelled
 from allmlp.data.sources import open_source
 from allmlp.data.sources.packed import pack_splits
-from allmlp.data.sources.parquet import ParquetImages
+from allmlp.data.sources.parquet import ParquetImages, open_file
 
 
 def encoded(number: int) -> list[bytes]:
@@ -78,7 +78,7 @@ def main() -> None:
         table = pa.table({"image": images, "label": labels})
         path = folder / "parquet" / "train.parquet"
         parquet.write_table(table, path, row_group_size=100, compression="none")
-        rows = ParquetImages(str(path), "image")
+        rows = ParquetImages(str(path), "image", open_file(str(path)).metadata)
         began = time.perf_counter()
         arrow = open_source(str(folder / "arrow"))
         print(f"Arrow opened in {1000 * (time.perf_counter() - began):.0f} ms")

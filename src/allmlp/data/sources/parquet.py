@@ -11,7 +11,7 @@ import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,17 @@ def open_parquet(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         own = None if list(splits) == ["train"] else split
         schema, cells = open_file(files[0]).schema_arrow, functools.partial(labels_in, files)
         column = image_column(spec, schema, files[0])
-        _check_same(files, column)
         _row_group.cache_clear()  # a file of the same name may have replaced an earlier one
-        parts = tuple(ParquetImages(file, column) for file in files)
+        parts, schemas = list[ParquetImages](), dict[str, Any]()
+        for file in files:
+            reader = open_file(file)
+            schemas[file] = reader.schema_arrow
+            parts.append(ParquetImages(file, column, reader.metadata))
+        _check_same(schemas, column)
         if not any(map(len, parts)):
             raise UserError("the files have no rows", where=", ".join(files[:3]))
         more = {"split": own, "file": files[0], "prepare": functools.partial(hold, parts)}
-        yield arrow_rows(Joined(parts), column, schema, cells, **more)
+        yield arrow_rows(Joined(tuple(parts)), column, schema, cells, **more)
 
 
 def image_column(spec: SourceSpec, schema: Any, file: str) -> str:
@@ -124,10 +128,10 @@ def class_names_of(schema: Any, column: str) -> list[str] | None:
 class ParquetImages:
     file: str
     column: str
+    metadata: InitVar[Any]
     held: PackedBytes | None = None
 
-    def __post_init__(self) -> None:
-        metadata = open_file(self.file).metadata
+    def __post_init__(self, metadata: Any) -> None:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         # The first row of each row group, and the end.
         self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
@@ -191,22 +195,21 @@ def read_column(file: str, column: str) -> Any:
 def labels_in(files: list[str], column: str) -> RawLabels:
     import pyarrow as pa
 
-    class_names = _check_same(files, column)
+    class_names = _check_same({file: open_file(file).schema_arrow for file in files}, column)
     chunks = [chunk for file in files for chunk in read_column(file, column).column(0).chunks]
     return arrow_cells(pa.chunked_array(chunks), class_names, column, files[0])
 
 
-def _check_same(files: list[str], column: str) -> list[str] | None:
-    first = open_file(files[0]).schema_arrow
+def _check_same(schemas: dict[str, Any], column: str) -> list[str] | None:
+    (name, first), *others = schemas.items()
     class_names = class_names_of(first, column)
-    for file in files[1:]:
-        schema = open_file(file).schema_arrow
+    for file, schema in others:
         kind, other = (s.field(column).type if column in s.names else None for s in (first, schema))
-        what = f"column {column!r} is {other} here and {kind} in {files[0]}"
+        what = f"column {column!r} is {other} here and {kind} in {name}"
         if kind == other:
             if class_names == class_names_of(schema, column):
                 continue
-            what = f"column {column!r} has other classes than in {files[0]}"
+            what = f"column {column!r} has other classes than in {name}"
         raise UserError(what, where=file, fix="Give files that belong together")
     return class_names
 
