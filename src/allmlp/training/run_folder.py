@@ -182,23 +182,20 @@ class RunFolder:
     """The folder of a run, locked while open; only one process writes."""
 
     def __init__(self, path: Path, config: TrainConfig, *, writes: bool = True) -> None:
-        self.path, self.plots, self.best = path, path / "plots", path / "best"
-        self.checkpoints, self.writes, self.loggers = path / "checkpoints", writes, Loggers()
+        self.writes, self.loggers = writes, Loggers()
         self._lock: FileLock | None = None  # or the file system has none
-        if not writes:
-            return
         try:
-            while config.output is None:  # a concurrent run may have taken the planned name
+            while writes and config.output is None:  # a concurrent run may have taken the name
                 try:
-                    self.path.mkdir(parents=True)
+                    path.mkdir(parents=True)
                     break
                 except FileExistsError:
-                    self.path = planned_path(config)
-            path = self.path
-            self.plots, self.best = path / "plots", path / "best"
+                    path = planned_path(config)
+            self.path, self.plots, self.best = path, path / "plots", path / "best"
             self.checkpoints = path / "checkpoints"
-            path.mkdir(parents=True, exist_ok=True)
-            self.plots.mkdir(exist_ok=True)
+            if not writes:
+                return
+            self.plots.mkdir(parents=True, exist_ok=True)
             if config.keep_checkpoints:
                 self.checkpoints.mkdir(exist_ok=True)
             self._lock = locked(path / ".lock")
@@ -256,6 +253,8 @@ class RunFolder:
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Appends a line to results.csv; all lines have the columns of the first."""
+        if not self.writes:
+            return
         rows = read_results(self.path)
         names = list(rows[0] if rows else values)  # an older version may have had fewer
         row = [values.get(name, "") for name in names]
