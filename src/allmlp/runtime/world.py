@@ -106,9 +106,7 @@ class World:
         for rank, value in enumerate(values):
             if isinstance(value, UserError):
                 value.is_printed = not self.is_main
-                value.what = f"rank {rank}: {value.what}" if rank else value.what
-                value.args = (value.text(),)
-                raise value
+                raise _of_rank(rank, value)
         return values
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -333,7 +331,13 @@ def _told(world: World, notes: Store, error: Any) -> Any:
         error = _ended(world.dead_ranks(), f": {str(error).splitlines()[0][:200]}")
     if isinstance(error, UserError):
         error.is_printed = first != own
-        error.what = f"rank {own}: {error.what}" if world.rank else error.what
+        return _of_rank(world.rank, error)
+    return error
+
+
+def _of_rank(rank: int, error: UserError) -> UserError:
+    if rank:
+        error.what = f"rank {rank}: {error.what}"
         error.args = (error.text(),)
     return error
 
