@@ -91,12 +91,13 @@ def check(source: str, options: CheckOptions) -> Done:
     for line in _lines(values, duplicates, problems):
         report.say(line)
     if options.exclude is not None and duplicates is not None:
-        text = exclude_list(splits, duplicates.to_exclude(), source)
+        excluded = list(duplicates.to_exclude())
+        text = exclude_list(splits, excluded, source)
         if options.exclude == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         else:
             atomic_write(expand(options.exclude), text)
-        counts = Counter(split for split, *_ in duplicates.to_exclude())
+        counts = Counter(split for split, *_ in excluded)
         report.say(f"\nto exclude  {options.exclude}: {_counted(counts) or 'no images'}")
     if folder is None:
         report.say("\nfor complete lists, and figures of samples and duplicates: --output FOLDER")
