@@ -243,7 +243,7 @@ SCALE = "data-scale --models mixer_s16 --few-shot-data digits --set model.overri
         (f"{SCALE} --steps 6 --set model.name=mixer_s16", "model.name"),
         (f"{SCALE} --steps 6 --holdout 0", "validation"),
         (f"{SCALE} --steps 6 --recipe finetune", "finetune"),
-        (f"{SCALE} --steps 6 --few-shot-data digits:train", "no validation split"),
+        (f"{SCALE} --steps 6 --few-shot-data digits:train", "train only"),
         (f"{SCALE} --steps 6 --output full", "thesis.txt"),
     ],
 )

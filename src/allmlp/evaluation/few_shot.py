@@ -297,12 +297,13 @@ def num_images(splits: Mapping[str, Source], options: FewShotOptions) -> int:
 
 def _train_and_test(splits: Mapping[str, Source]) -> tuple[Source, Source, str]:
     """Returns the training images, the test images, and the name of the test split."""
-    test_split = "test" if "test" in splits else "validation"
-    for needed in ("train", test_split):
-        if needed not in splits:
-            what = f"few-shot needs images to learn from and others to test: no {needed} split"
-            fix = "Name data that has both, without a split behind it, or put images into test/"
-            raise UserError(what, where=" ".join(s.name for s in splits.values()), fix=fix)
+    test_split = next((name for name in ("test", "validation") if name in splits), None)
+    if "train" not in splits or test_split is None:
+        what = "few-shot learns from the train split and is measured on test or validation: the "
+        what += f"data has {' and '.join(splits)} only"
+        fix = "Name data that has both, without a split behind it, or put images into test/"
+        where = " ".join(source.name for source in splits.values())
+        raise UserError(what, where=where, fix=fix, code="no-split")
     train, test = splits["train"], splits[test_split]
     check_one_label((train, test), "few-shot classification")
     present = [train.class_names[at] for at in np.unique(train.labels)]

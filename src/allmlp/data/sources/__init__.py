@@ -128,9 +128,12 @@ def _rows(spec: SourceSpec, labels: bool) -> Iterable[Rows]:
         raise UserError("no data is named", fix=f"Give {_KNOWN}")
     kind, path = kind_of(spec), spec.path.absolute()
     if kind is None:
+        before, colon, word = spec.base.rpartition(":")
+        if colon and spec.split is None and kind_of(parse_name(before)) is not None:
+            one_of("split", word, SPLITS, where=before)
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "not data of a known kind" if path.exists() else "no such data"
-        fix = f"{near_names(path.name, beside)}Give {_KNOWN}; splits are {', '.join(SPLITS)}"
+        fix = f"{near_names(path.name, beside)}Give {_KNOWN}"
         raise UserError(f"{what}: {spec.base!r}", where=path, fix=fix)
     for key in spec.options:
         if key not in kind.options:
