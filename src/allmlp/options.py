@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
+from annotated_types import Ge, Interval
+
 from allmlp.errors import UserError, near_names, needs
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
 ImageSize = int | tuple[int, int]  # pixels: side, or (height, width); 192x256 on the command line
+Positive = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
 Repeated = Annotated[tuple[str, ...], "repeated"]  # the flag is repeated for each value
 
 
@@ -80,7 +84,7 @@ class ComputeOptions(Options):
     precision: Precision = "auto"
     """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
     large enough to benefit."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images per batch and process."""
     num_workers: int | None = None
     """Number of processes that decode images; by default chosen by the size of the data."""
@@ -157,6 +161,8 @@ def _option_error(kind: type, values: Any, errors: list[Any]) -> OptionError:
         return OptionError(name, f"unknown option {name!r}", fix, code)
     rules = dict.fromkeys(error["msg"] for error in errors)  # a union has one per member
     rule = " or ".join(text.removeprefix("Input should be ") for text in rules)
+    rule = rule.replace("greater than or equal to", "at least")
+    rule = rule.replace("less than or equal to", "at most")
     what = f"{name or 'the value'} must be {rule}, got {repr(first['input'])[:100]}"
     return OptionError(name, what, None, code)
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from allmlp.cli.results import SHARED, Sourced, UsageError, as_flags, split_config
 from allmlp.errors import UserError
-from allmlp.options import Done, ImageSize, Repeated, documentation
+from allmlp.options import Done, ImageSize, Repeated, documentation, validated
 
 _WEIGHTS = "A run folder, a .safetensors, .npz or .pth file, a name of `mixer models --weights`, "
 POSITIONAL = {
@@ -80,7 +80,7 @@ class Command:
             raise _wrong_number(errors.getvalue()) or UsageError(errors.getvalue()) from None
         values = vars(parsed) | own
         named = {word.rstrip("?*"): values.pop(word.rstrip("?*")) for word in positional}
-        options = kind(**values)
+        options = validated(kind, values)
         module, function = _found(function_path)
         result, code = getattr(module, function)(*named.values(), options), 0
         if hasattr(module, "show"):

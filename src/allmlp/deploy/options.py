@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from allmlp.errors import at_least, between, exclusive, needs
-from allmlp.options import ComputeOptions, LoadOptions, Options, Precision
+from annotated_types import Interval
+
+from allmlp.errors import exclusive, needs
+from allmlp.options import ComputeOptions, Fraction, LoadOptions, Options, Positive, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class PredictOptions(ComputeOptions, LoadOptions):
         mixer predict mixer_b16.i1k shards:test --output predictions --format parquet
     """
 
-    top_k: int | None = None
+    top_k: Positive | None = None
     """Number of classes per image (default 5)."""
-    unsure_below: float | None = None
+    unsure_below: Fraction | None = None
     """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
     features: bool = False
     """Write the pooled features (the input of the head) instead of classes."""
-    neighbors: int | None = None
+    neighbors: Positive | None = None
     """Also write this many nearest neighbours of each image, by cosine similarity of the features:
     name, row from 0, and similarity."""
     output: str | Path | None = None
@@ -42,14 +44,11 @@ class PredictOptions(ComputeOptions, LoadOptions):
     """Replace existing files."""
     format: Literal["csv", "jsonl", "parquet"] | None = None
     """Format of part files, or of standard output (csv or jsonl); defaults to csv."""
-    part_size: int | None = None
+    part_size: Positive | None = None
     """Images per part file; by default at most about 10,000."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("top_k", "batch_size", "part_size", "neighbors"):
-            at_least(name, getattr(self, name), 1)
-        between("unsure_below", self.unsure_below, 0, 1)
         needs({"neighbors": self.neighbors}, "features", self.features or None)
         needs({"format": self.format, "part_size": self.part_size}, "output", self.output)
         exclusive(features=self.features, top_k=self.top_k)
@@ -79,12 +78,12 @@ class ExportOptions(LoadOptions):
     """Take uint8 images, channels last, and normalise them inside the file."""
     data: str | None = None
     """Labelled images to compare the file's accuracy with the model's; required for int8."""
-    max_accuracy_drop: float = 0.5
+    max_accuracy_drop: Annotated[float, Interval(ge=0, le=100)] = 0.5
     """Largest drop of top-1 accuracy to accept, or of mAP with several labels per image, in
     percentage points."""
     calibration: str | None = None
     """Images (labels not needed) to calibrate int8 ranges on; must not overlap the data."""
-    calibration_images: int = 1000
+    calibration_images: Positive = 1000
     """Most calibration images to use, spread evenly."""
     overwrite: bool = False
     """Replace existing files."""
@@ -97,8 +96,6 @@ class ExportOptions(LoadOptions):
         needs(is_int8, "calibration", self.calibration)
         needs(is_int8, "data", self.data)
         needs({"calibration": self.calibration}, "precision int8", *is_int8.values())
-        between("max_accuracy_drop", self.max_accuracy_drop, 0, 100)
-        at_least("calibration_images", self.calibration_images, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,28 +114,20 @@ class ServeOptions(LoadOptions):
 
     host: str = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 all networks."""
-    port: int = 8000
+    port: Annotated[int, Interval(ge=0, le=65535)] = 8000
     """Port to listen on; 0 picks a free one."""
-    top_k: int | None = None
+    top_k: Positive | None = None
     """Number of classes per image (default 5)."""
-    unsure_below: float | None = None
+    unsure_below: Fraction | None = None
     """Answer "unsure" if the highest probability is lower; defaults to the model's threshold."""
     precision: Precision = "auto"
     """Precision of matrix products for classification; maps are computed in float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    max_images: int = 64
+    max_images: Positive = 64
     """Most images per request."""
-    max_megabytes: float = 20.0
+    max_megabytes: Annotated[float, Interval(ge=0.001, le=1000)] = 20.0
     """Largest image file in megabytes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("port", self.port, 0, 65535)
-        between("unsure_below", self.unsure_below, 0, 1)
-        at_least("top_k", self.top_k, 1)
-        at_least("max_images", self.max_images, 1)
-        between("max_megabytes", self.max_megabytes, 0.001, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)

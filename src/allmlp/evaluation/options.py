@@ -12,9 +12,11 @@ from annotated_types import Ge, Interval
 from allmlp.errors import UserError, exclusive, needs
 from allmlp.options import (
     ComputeOptions,
+    Fraction,
     ImageSize,
     LoadOptions,
     Options,
+    Positive,
     Precision,
     Repeated,
     SizeOptions,
@@ -22,8 +24,6 @@ from allmlp.options import (
 
 Resize = Literal["resize-crop", "resmall-crop", "squash"]
 LARGEST_BATCH = 2**16
-Positive = Annotated[int, Ge(1)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
 Seconds = Annotated[float, Interval(gt=0, lt=1e6)]
 
 
