@@ -217,23 +217,19 @@ class AugmentSettings(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decay(Options):
-    final_lr_fraction: Fraction = 0.0
-    """Learning rate at the last step, as a fraction of the peak."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine(_Decay):
+class Cosine(Options):
     """Decay along half a cosine."""
 
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
     name: Literal["cosine"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Decay):
+class Linear(Cosine):
     """Linear decay."""
 
-    name: Literal["linear"] = "linear"
+    name: Literal["linear"] = "linear"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,7 +172,7 @@ def _pretraining(recipe: str) -> Settings:
 
 
 def _imagenet(
-    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float, **changes: Any
+    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float
 ) -> Settings:
     return {
         "data.source": "",
@@ -192,11 +192,15 @@ def _imagenet(
         "epochs": epochs,
         "batch_size": batch_size,
         "checkpoint_every": 1000,
-        **{key.replace("__", "."): value for key, value in changes.items()},
     }
 
 
-_GMLP = {"augment__random_erasing": 0.0, "optimizer__clip_norm": 1.0, "optimizer__warmup": 10_000}
+_GMLP = {
+    "model.overrides": {"stochastic_depth": 0.05},
+    "augment.random_erasing": 0.0,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.warmup": 10_000,
+}
 
 
 # Fine-tuning: the paper's appendix C, Google's code, and the BiT-HyperRule. The recipe names no
@@ -204,9 +208,7 @@ _GMLP = {"augment__random_erasing": 0.0, "optimizer__clip_norm": 1.0, "optimizer
 # (big_vision and scenic), the learning rate from vit_jax, or 0.01 where it has none.
 
 
-def _finetuning(
-    steps: int = 500, warmup: int = 100, evaluate_every: int = 100, **changes: Any
-) -> Settings:
+def _finetuning(steps: int = 500, warmup: int = 100, evaluate_every: int = 100) -> Settings:
     return {
         "data.source": "",
         "model.weights": "",
@@ -218,22 +220,21 @@ def _finetuning(
         "steps": steps,
         "batch_size": 512,
         "evaluate_every": evaluate_every,
-        **{key.replace("__", "."): value for key, value in changes.items()},
     }
 
 
 # In some VTAB tasks the position of an object is the answer, so no crops or flips.
-_WHOLE = {"data__resize": "squash", "augment__crop": "none", "augment__flip": False}
+_WHOLE = {"data.resize": "squash", "augment.crop": "none", "augment.flip": False}
 FINETUNING: dict[str, Settings] = {
-    "finetune": _finetuning(optimizer__learning_rate=0.01),
+    "finetune": _finetuning() | {"optimizer.learning_rate": 0.01},
     "finetune_imagenet": _finetuning(20_000, 500, 1000),
     "finetune_cifar": _finetuning(10_000, 500, 500),
     "finetune_pets": _finetuning(),
     "finetune_flowers": _finetuning(),
-    "finetune_vtab": _finetuning(2500, 200, 500, optimizer__learning_rate=0.01, **_WHOLE),
+    "finetune_vtab": _finetuning(2500, 200, 500) | {"optimizer.learning_rate": 0.01, **_WHOLE},
     # The ablations of appendix A.2, one change each.
-    "finetune_mixup": _finetuning(augment__mixup=0.1, augment__crop="none"),
-    "finetune_average": _finetuning(optimizer__ema_decay=0.9999, augment__crop="none"),
+    "finetune_mixup": _finetuning() | {"augment.mixup": 0.1, "augment.crop": "none"},
+    "finetune_average": _finetuning() | {"optimizer.ema_decay": 0.9999, "augment.crop": "none"},
     "finetune_inception": _finetuning(),
 }
 # The paper's grid of learning rates, and the fraction of training images held out to choose one.
@@ -254,9 +255,7 @@ RECIPES: dict[str, Settings] = {
     "imagenet_cycle_mlp_b1": _imagenet("cycle_mlp_b1", 300, 5, 1024, 1e-3),
     "imagenet_vip_s7": _imagenet("vip_s7", 310, 20, 2048, 2e-3),
     "imagenet_resmlp_12": _imagenet("resmlp_12", 400, 5, 1024, 1e-3),
-    "imagenet_gmlp_s16": _imagenet(
-        "gmlp_s16", 300, 0, 4096, 1e-3, model__overrides={"stochastic_depth": 0.05}, **_GMLP
-    ),
+    "imagenet_gmlp_s16": _imagenet("gmlp_s16", 300, 0, 4096, 1e-3) | _GMLP,
     **FINETUNING,
 }
 
