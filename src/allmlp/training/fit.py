@@ -62,9 +62,8 @@ def fitted_config(
     if recipe_name is None:
         splits = split_data(replace(config.data, holdout=None) if in_grid else config.data)
         num_images, device = len(splits.train), choose_device(config.device).type
-        batch, epochs = fitting(
-            num_images, device, config.batch_size if "batch_size" in own else None
-        )
+        batch = config.batch_size if "batch_size" in own else None
+        batch, epochs = fitting(num_images, device, batch)
         base, changes = finetune_for(num_images), {"batch_size": batch}
         if epochs is not None and not has_length:
             changes["epochs"] = epochs
@@ -100,7 +99,3 @@ def describe_fit(config: TrainConfig, num_images: int, device: str = "cpu") -> s
         f"{plural(num_images, 'training image')}: {plural(epochs, 'epoch')} in batches of {batch}; "
         f"the recipe's {base.length} of {base.batch_size} would be {passes:,.0f} passes"
     )
-
-
-def are_too_few(config: TrainConfig, num_parameters: int, num_images: int) -> bool:
-    return config.model.weights is None and num_parameters > MOST_WEIGHTS * num_images

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from allmlp.errors import UserError
 from allmlp.models.gelu import compile_gelu
@@ -30,9 +31,9 @@ from allmlp.runtime.device import (
     keep_compiled,
     side_stream,
 )
-from allmlp.runtime.world import World, innermost_shards, no_sync
+from allmlp.runtime.world import World, full_tensor, innermost_shards, no_sync
 from allmlp.training.config import TrainConfig
-from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
+from allmlp.training.optim import learning_rate, loss_function, sam_ascent, update
 from allmlp.weights.download import cache_folder
 
 _USABLE = 0.8  # of free memory; torch's buffers and other programs need the rest
@@ -102,12 +103,12 @@ class Updater:
         known. Images are float32 (N, channels, H, W), targets (N, classes), depth (branches, N)."""
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
-        rho = sam_rho_at(settings, step, self.num_steps)
         loss = self.gradient(images, targets, depth, dropout_seed)
-        if rho:
-            with sam_ascent(self.parameters, rho):
+        if settings.sam_rho and step >= round(settings.sam_start * self.num_steps):
+            with sam_ascent(self.parameters, settings.sam_rho):
                 self.gradient(images, targets, depth, dropout_seed)
-        norm = clip(self.parameters, settings.clip_norm or math.inf)
+        # A non-finite norm makes the gradients NaN: it is checked before the update.
+        norm = full_tensor(clip_grad_norm_(self.parameters, settings.clip_norm or math.inf))
         own = torch.stack((loss, norm.to(loss.dtype), loss.new_full((), self.asked())))
         rows = self.world.gather_rows(own)
         self._unread.append((step, rate, Transfer((rows,), self._stream)))
@@ -183,8 +184,7 @@ class Updater:
         return total
 
     def choose_micro_batch(self) -> None:
-        """Chooses the size of micro-batches; that of a resumed run stays, for the same bits, unless
-        another is set."""
+        """Chooses the size of micro-batches, unless it is set or, for the same bits, resumed."""
         own, device = self.config.batch_size // self.world.size, self.compute.device
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:
@@ -265,14 +265,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _below(size: int, count: int) -> int:
-    """Returns the largest divisor of `count` up to half of `size`, or 0; equal parts need one
-    compiled graph only."""
+    """Returns the largest divisor of `count` up to half of `size`, or 0: one size, one graph."""
     return next((n for n in range(size // 2, 0, -1) if count % n == 0), 0)
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
-    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward: the
-    difference between forward passes of two images and of one."""
+    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward."""
     own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
     was_training = model.training
     model.eval()
