@@ -118,8 +118,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that matches all its checksums; says which do not, and
-        removes what killed saves left."""
+        """Returns the newest whole checkpoint; names others, removes what killed saves left."""
         return self._world.broadcast_from_rank0(self._newest)
 
     def peek(self) -> Checkpoint | None:

@@ -90,8 +90,7 @@ class Splits:
 def open_training_data(
     settings: DataSettings, splits: Splits | None = None, world: World | None = None
 ) -> Splits:
-    """Returns the splits of a run, listed or not, with checked headers; one process of a machine
-    does it for all."""
+    """Returns the splits with checked headers; one process of a machine does it for all."""
     world = World() if world is None else world
     found = world.once_per_machine(lambda: _checked(settings, splits))
     counts = world.gather(found.train.class_counts().tolist())
@@ -121,8 +120,7 @@ def splits_with_train(source: str) -> dict[str, Source]:
 
 
 def open_folds(settings: DataSettings, number: int) -> tuple[Source, np.ndarray, str]:
-    """Returns the training and validation images together, the fold of each, int64 (n,) from 0,
-    and how the folds were chosen."""
+    """Returns training and validation images, the fold of each, int64 (n,), and its origin."""
     splits, _ = _open_splits(settings)
     return _folds(splits, settings.source, number)
 
@@ -213,8 +211,7 @@ def check_readable(source: Source, most: float, keys: list[str] | None = None) -
 
 
 def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
-    """Raises UserError if the fraction of bad images exceeds `most`, and more than 5 images, half
-    of them or all of a class are bad."""
+    """Raises UserError if more images are bad than `max_bad` of `DataSettings` allows."""
     of = len(source)
     if len(bad) <= most * of:
         return

@@ -75,8 +75,7 @@ def fitted_config(
 def fitting(
     num_images: int, device: str = "cpu", batch_size: int | None = None
 ) -> tuple[int, int | None]:
-    """Returns the batch size and the epochs that fit, see docs/training.md; no epochs if the
-    recipe's steps do."""
+    """Returns batch size and epochs that fit (docs/training.md); None if the recipe's steps do."""
     base = finetune_for(num_images)
     steps, most, processes = base.steps or 0, base.batch_size, num_processes()
     if batch_size is None:

@@ -271,8 +271,7 @@ def recipe(name: str) -> TrainConfig:
 
 
 def for_multi_label(config: TrainConfig) -> TrainConfig:
-    """Returns the settings for several labels per image: a sigmoid for the recipe's softmax, and
-    mean average precision to choose the best weights."""
+    """Returns the settings for several labels per image: sigmoid, and mean average precision."""
     chooses = config.data.holdout != 0.0 and config.data.fold is None
     if config.best_by == "top1" and chooses:
         config = config.with_value("best_by", "mean_average_precision")
@@ -296,8 +295,7 @@ def for_data(config: TrainConfig, images: Source) -> TrainConfig:
 
 
 def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
-    """Returns the settings for rows of arrays, (C, H, W), which have no augmentation but mixup; a
-    patch size that was not chosen makes about `TOKENS` tokens."""
+    """Returns the settings for rows of arrays, (C, H, W), whose only augmentation is mixup."""
     from allmlp.models.catalog import architectures  # torch, which --help does not need
     from allmlp.models.family import PatchConfig
 
@@ -325,8 +323,7 @@ TOKENS = 32
 
 
 def patch_for(height: int, width: int) -> tuple[int, int]:
-    """Returns the patch size, a divisor of each side, that makes about `TOKENS` tokens; of equal
-    ones the squarest."""
+    """Returns the patch size that makes about `TOKENS` tokens; of equal ones the squarest."""
     talls, wides = ([n for n in range(1, side + 1) if side % n == 0] for side in (height, width))
     wanted = math.log(height * width / TOKENS)
 

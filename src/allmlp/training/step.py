@@ -133,8 +133,7 @@ class Updater:
         return results
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
-        """Stores the gradient of the mean loss; returns this process's loss. A GPU that runs out of
-        memory gets smaller micro-batches from then on."""
+        """Stores the gradient of the mean loss; returns this process's loss."""
         while True:
             size = self.micro_batch_size or len(images)
             try:
@@ -198,8 +197,7 @@ class Updater:
             self.say(f"memory   the {own} images of a step are split into {parts}")
 
     def agreed_size(self, own: int, size: int) -> int:
-        """Returns the largest micro-batch size up to `size` that fits on all processes, by trial:
-        later, one that runs out of memory cannot ask the others."""
+        """Returns the size that fits on all processes, by trial: later, none can ask the others."""
         while True:
             fitting = size if self._fits(own, size) else _below(size, own)
             agreed = -self.world.all_reduce_max(-fitting)
@@ -228,8 +226,7 @@ class Updater:
         return False
 
     def _fitting(self, own: int) -> int:
-        """Returns the largest divisor of this process's images whose activations fit into memory;
-        without a trial, as Linux kills processes that run out of it."""
+        """Returns the largest micro-batch that fits, without a trial, which Linux might kill."""
         device, preprocessing = self.compute.device, preprocessing_of(self.model)
         free = free_memory(device)
         if free is None:

@@ -117,8 +117,7 @@ def train(
         world, device = stack.enter_context(join_world(config.device))
         # All checks happen before anything is written.
         config, path, is_old, splits = _open(config, world, splits)
-        images = (config.epochs or 0) * len(splits.train)
-        num_steps = config.steps or max(1, round(images / config.batch_size))
+        num_steps = max(1, round(config.images_seen(len(splits.train)) / config.batch_size))
         is_probe = config.model.train_only == "probe"
         if is_probe:  # one pass over the images
             num_steps = math.ceil(len(splits.train) / config.batch_size)
@@ -186,8 +185,7 @@ def train(
 def _open(
     config: TrainConfig, world: World, splits: Splits | None
 ) -> tuple[TrainConfig, Path, bool, Splits]:
-    """Returns the settings that fit the data, the run folder, whether it already holds this run,
-    and the images."""
+    """Returns settings that fit the data, the run folder, whether it holds this run, the images."""
     if world.size > 1 and config.output is None:
         what = "several processes share one run folder, and a restart must find it again"
         raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
@@ -339,8 +337,7 @@ class Trainer(Run):
         return images, targets, depth, dropout_seed + world.rank
 
     def expected_seconds(self) -> float | None:
-        """Returns how long the rest of the run takes, by a few gradients of its next batch, which
-        change no bit of the run; None if nothing is left to do."""
+        """Returns how long the rest takes, by a few gradients; None if nothing is left to do."""
         config, device = self.config, self.compute.device
         steps = self.num_steps - self.step
         if self.finished:
@@ -458,8 +455,7 @@ class Trainer(Run):
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
     def evaluate(self) -> bool:
-        """Evaluates, logs the result and saves the best weights, without validation images the
-        latest; returns whether these are the best."""
+        """Evaluates, logs and keeps the best weights (or the last); returns whether these are."""
         config, validation = self.config, self.splits.validation
         self.note_results(self.updater.results())
         for found in self.world.gather(self.bad):  # images that a process could not decode
