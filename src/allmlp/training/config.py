@@ -78,8 +78,7 @@ class ModelSettings(Options):
                 what = "random weights need a name of `mixer models` and an image size"
                 raise UserError(what, where="model.name, model.image_size")
             if self.train_only != "all":
-                what = f"model.train_only={self.train_only} would leave random weights behind the "
-                what += "head untrained"
+                what = f"model.train_only={self.train_only}: all but the head would stay random"
                 raise UserError(what, fix="model.weights=CHECKPOINT")
             return
         if self.name:

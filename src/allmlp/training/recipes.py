@@ -279,8 +279,7 @@ def for_multi_label(config: TrainConfig) -> TrainConfig:
         return config
     usual = recipe(config.recipe).loss if config.recipe in RECIPES else Softmax()
     if config.loss != usual:
-        what = f"loss.label_smoothing={config.loss.label_smoothing:g}: an image has several labels,"
-        what += " and only the softmax of one label has label smoothing"
+        what = f"loss.label_smoothing={config.loss.label_smoothing:g} with several labels per image"
         raise UserError(what, where="loss", fix="loss=sigmoid", code="multi-label")
     return config.with_value("loss", "sigmoid")
 

@@ -224,12 +224,9 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         check_number_bad(test.bad, splits.test, config.data.max_bad)
     for name in drawn:
         folder.loggers.tell("image", run.num_steps, name, folder.plots / f"{name}.png")
-    measured = [
-        (part, found) for part, found in (("validation", validation), ("test", test)) if found
-    ]
-    folder.loggers.finish(
-        {f"{part}_{name}": value for part, found in measured for name, value in found.figures()}
-    )
+    parts = [("validation", validation), ("test", test)]
+    figures = {f"{part}_{k}": v for part, found in parts if found for k, v in found.figures()}
+    folder.loggers.finish(figures)
     commands = _next_commands(run)
     _write_page(run, outcome, commands)
     if not in_study:

@@ -238,8 +238,8 @@ class Updater:
         room -= sum(parameter.nbytes for parameter in self.parameters) + own * image.nbytes
         fitting = [n for n in range(1, own + 1) if own % n == 0 and n * needed <= room]
         if not fitting:
-            what = f"training on one image at a time takes {needed / 1e9:.2f} GB of activations, "
-            what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
+            left = f"{max(room, 0) / 1e9:.2f} GB of memory are left"
+            what = f"one image at a time takes {needed / 1e9:.2f} GB of activations, and {left}"
             raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
         return fitting[-1]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -224,8 +224,8 @@ def _open(
 class Trainer(Run):
     """The training loop: everything that happens in a step and between steps."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         train = self.splits.train
         self.preprocessing = preprocessing_of(self.model)
         self.steps_per_epoch = len(train) / self.config.batch_size
