@@ -174,10 +174,10 @@ def train(
         if dry_run:
             report.say("dry run  nothing was trained or written")
             return TrainResult(folder.path, None, None, seconds)
-        if is_probe:
-            trainer.probe()
-        else:
-            trainer.train()
+        if not trainer.finished:
+            trainer.name_bad(splits.bad)
+            fit = trainer.probe if is_probe else trainer.train
+            fit()
         trainer.checkpoints.wait_on_all()  # for the best weights, which are measured now
         return replace(finish(trainer, in_study=in_study), expected_seconds=seconds)
 
@@ -241,13 +241,10 @@ class Trainer(Run):
     def train(self) -> None:
         """Trains to the end; if interrupted at any time, best/ holds the best weights so far."""
         config, world = self.config, self.world
-        if self.finished:
-            return
         self.begun, self.first_step = time.perf_counter(), self.step  # after the time estimate
         self.updater.choose_micro_batch()
         due, device = self.evaluation_steps(), self.compute.device
         batches = self.batches(self.num_steps, config.data.num_workers, device)
-        self.name_bad(self.splits.bad)
         with (
             contextlib.closing(batches),
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
@@ -325,11 +322,8 @@ class Trainer(Run):
             targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
         augment, own = config.augment, config.batch_size // world.size
         if step < round(augment.mix_until * self.num_steps):
-            images, targets = mix(
-                *(images, targets, random),
-                mixup_strength=augment.mixup,
-                cutmix_strength=augment.cutmix,
-            )
+            strengths = {"mixup_strength": augment.mixup, "cutmix_strength": augment.cutmix}
+            images, targets = mix(images, targets, random, **strengths)
         images, targets = images[:own], targets[:own]  # drop the extra image for mixing
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
         depth = depth[:, world.rank * own : (world.rank + 1) * own]
@@ -383,9 +377,6 @@ class Trainer(Run):
     def probe(self) -> None:
         """Fits the head to frozen features, which are those of `mixer evaluate`."""
         train, say = self.splits.train, self.report.say
-        if self.finished:
-            return
-        self.name_bad(self.splits.bad)
         asked = "float32" if self.config.precision == "auto" else self.config.precision
         predictor = predictor_of(self, self.model, min(64, max(1, len(train) // 4)), asked)
         with self.report.progress(len(train), "images") as bar:
