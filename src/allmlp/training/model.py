@@ -41,10 +41,12 @@ def build_model(
         model = create_model(
             settings.name, settings.image_size, len(class_names), **settings.overrides
         )
-        if rows is None:
-            _check_channels(model, "model.overrides.in_channels")
         if settings.head_bias:
             nn.init.constant_(head_of(model).bias, settings.head_bias)
+    kind, channels = getattr(model.preprocessing, "kind", "images"), model.config.in_channels
+    if kind == "images" and (rows is None or settings.weights) and channels not in (1, 3):
+        what = f"images have 1 or 3 channels, the model takes {channels}"
+        raise UserError(what, where=settings.weights or "model.overrides.in_channels")
     if settings.train_only != "all":
         model.requires_grad_(False)
         head_of(model).requires_grad_(True)
@@ -56,14 +58,13 @@ def build_model(
     if data.permutation is not None:
         names = ("permutation", "permutation_patch", "permutation_seed")
         changes |= {name: getattr(data, name) for name in names}
-    if rows is not None and getattr(model.preprocessing, "kind", "") != "arrays":
+    if rows is not None and kind != "arrays":
         mean, std = statistics(rows)
-        size, channels = model.config.image_size, model.config.in_channels
         if len(mean) != channels:
             what = f"the model takes {plural(channels, 'channel')}, and rows have {len(mean)}"
             raise UserError(what, where=rows.name, code="shape")
         changes |= {"kind": "arrays", "channels": channels, "mean": mean, "std": std}
-        model.preprocessing = Preprocessing(image_size=size)
+        model.preprocessing = Preprocessing(image_size=model.config.image_size)
     try:
         model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
     except ValueError as error:
@@ -73,12 +74,6 @@ def build_model(
 
 def head_of(model: nn.Module) -> nn.Linear:
     return cast(nn.Linear, model.head)
-
-
-def _check_channels(model: ImageClassifier, where: str) -> None:
-    if model.config.in_channels not in (1, 3):
-        what = f"images have 1 or 3 channels, the model takes {model.config.in_channels}"
-        raise UserError(what, where=where)
 
 
 def _from_weights(
@@ -95,8 +90,6 @@ def _from_weights(
         source, quiet = str(best), True
     method = settings.resize_weights
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
-    if model.preprocessing is None or model.preprocessing.kind == "images":
-        _check_channels(model, source)
     model, names, new = _with_head_for(model, class_names, Reporter(quiet=quiet, stderr=True))
     if settings.head_bias:
         with torch.no_grad():
