@@ -17,8 +17,7 @@ from allmlp.training.recipes import FINETUNING, LARGE, finetune_for, recipe
 LEAST_EPOCHS, MOST_EPOCHS = 30, 100
 # Random weights per training image above which a run is warned about. The recipes that work have
 # 55 (digits: 98.4 %) and 25 (CIFAR-10: 69 % after 12 epochs, still rising); S/16 on 340 flowers had
-# 51,000 (37.5 %). Counting weights holds for every image size: small images have small models.
-# The limit is about the geometric mean of 55 and 51,000, which is 1,700.
+# 51,000 (37.5 %); the limit is about the geometric mean of 55 and 51,000, which is 1,700.
 MOST_WEIGHTS = 1000
 
 

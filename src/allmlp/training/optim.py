@@ -132,10 +132,11 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             kind = torch.optim.Muon if hidden[0].is_cuda else Float32Muon
             optimizers.append(kind(hidden, **options))
-        kernels = [p for name, p in trained.items() if is_kernel(name, p)]
-        others = [p for name, p in trained.items() if not is_kernel(name, p)]
+        # Kernels in Flax's sense.
+        kernels = {n: p for n, p in trained.items() if p.dim() > 1 and not n.endswith("bias")}
+        others = [p for name, p in trained.items() if name not in kernels]
         groups: list[dict[str, Any]] = [
-            {"params": kernels, "weight_decay": settings.weight_decay},
+            {"params": [*kernels.values()], "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
@@ -171,11 +172,6 @@ class Float32Muon(torch.optim.Muon):
                 scale = 0.2 * math.sqrt(max(weight.shape))
                 weight.mul_(1 - rate * group["weight_decay"])
                 weight.add_(x.T if is_tall else x, alpha=-rate * scale)
-
-
-def is_kernel(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a kernel in Flax's sense; only kernels get weight decay."""
-    return parameter.dim() > 1 and not name.endswith("bias")
 
 
 def _begin_state(optimizer: torch.optim.Optimizer) -> None:

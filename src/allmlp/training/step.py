@@ -160,8 +160,9 @@ class Updater:
         reduces: bool = True,
     ) -> Tensor:
         torch.manual_seed(dropout_seed)
+        settings = self.config
         # Frozen features are computed as in evaluation, without dropped branches.
-        self.model.train(self.config.model.train_only == "all")
+        self.model.train(settings.model.train_only == "all")
         for parameter in self.parameters:
             parameter.grad = None
         count = len(images)
@@ -174,9 +175,7 @@ class Updater:
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.forward(images[part])
-                loss = loss_function(
-                    *(logits.float(), targets[part], self.config.loss), **self.weights
-                )
+                loss = loss_function(logits.float(), targets[part], settings.loss, **self.weights)
                 loss = loss * (len(logits) / count)
                 loss.backward()
             total += loss.detach()
