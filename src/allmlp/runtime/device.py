@@ -278,8 +278,7 @@ def torch_settings(
 
 @contextlib.contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """On a GPU, in the block, float32 is float32 (not TF32, torch's default in convolutions), sums
-    are not rounded to bfloat16, and runs repeat."""
+    """On a GPU, in the block, float32 is not TF32, sums are not bfloat16, and runs repeat."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     settings: list[tuple[Any, str, bool]] = [
         *((cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)),
@@ -294,8 +293,7 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision: the
-    setting permits bfloat16."""
+    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision."""
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(256, 256, generator=random) for _ in range(2))

@@ -136,10 +136,9 @@ def train(
         if splits.train.is_multi_label:
             model.decision = Decision(labels="multi")
         operations = 3 * model.config.flops * config.batch_size
+        own = operations // world.size
         compute = choose_policy(
-            *(device, config.precision, config.compile),
-            operations=operations // world.size,
-            num_steps=num_steps,
+            device, config.precision, config.compile, operations=own, num_steps=num_steps
         )
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shards = world.size if config.sharding == "full" else 1
