@@ -42,7 +42,8 @@ class Reporter:
         self.console.print(text, style=style, markup=False)
         self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
-        self._flush()
+        if self._log is not None:
+            self.log_to(self._log)
 
     def table(
         self,
@@ -56,14 +57,9 @@ class Reporter:
     def log_to(self, path: Path) -> None:
         """Logs all lines, including earlier ones, to a file."""
         self._log = path
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._log is None:
-            return
         with (
-            path_in_errors(self._log),
-            self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
+            path_in_errors(path),
+            path.open("a", encoding="utf-8", errors="surrogateescape") as file,
         ):
             file.writelines(f"{line}\n" for line in self._said)
         self._said.clear()

@@ -475,8 +475,7 @@ class Trainer(Run):
         text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
         if result is not None:
             epoch = round(self.step / self.steps_per_epoch, 3)
-            values: dict[str, float] = {"epoch": epoch, "step": self.step}
-            values["training_loss"] = round(loss, 6)
+            values = {"epoch": epoch, "step": self.step, "training_loss": round(loss, 6)}
             values |= {f"validation_{name}": round(value, 6) for name, value in figures.items()}
             values |= {"seconds": round(self.seconds, 1), "best": int(is_best)}
             self.folder.log_evaluation(values)
