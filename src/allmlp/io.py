@@ -304,7 +304,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether a host answers, for which clients wait half a minute; True behind a proxy."""
+    """Returns whether a host answers (clients retry for half a minute); True behind a proxy."""
     parts = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies() or parts.hostname is None:
         return True

@@ -236,7 +236,7 @@ def _card(
 
 
 def published_card(card: str, name: str, changes: dict[str, Any]) -> str:
-    """Returns a card for the hub: its code loads from there, and header fields are changed."""
+    """Returns a card whose code loads the model from the hub, with header fields changed."""
     use = _USE.format(place="From anywhere", source=f"{PREFIX}{name}")
     section = re.compile(r"## Use\n.*?```\nmixer [^\n]*\n```\n", re.DOTALL)
     card = section.sub(lambda _: use, card, count=1)

@@ -116,7 +116,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest whole checkpoint; names others, removes what killed saves left."""
+        """Returns the newest whole checkpoint; names damaged ones, removes what kills left."""
         return self.world.broadcast_from_rank0(self._newest)
 
     def peek(self) -> Checkpoint | None:

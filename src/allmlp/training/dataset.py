@@ -122,7 +122,7 @@ def splits_with_train(source: str) -> dict[str, Source]:
 def open_folds(
     settings: DataSettings, number: int, splits: dict[str, Source] | None = None
 ) -> tuple[Source, np.ndarray, str]:
-    """Returns training and validation images, their folds, int64 (n,) from 0, and how dealt."""
+    """Returns training and validation images, the fold of each, int64 (n,), and a description."""
     splits = splits or _open_splits(settings)[0]
     parts = [splits[split] for split in ("train", "validation") if split in splits]
     whole = join(parts, settings.source) if len(parts) > 1 else parts[0]

@@ -114,7 +114,7 @@ def first_weights(run: Path) -> str | None:
 
 
 def check_same(path: Path, config: TrainConfig, splits: Splits) -> None:
-    """Raises UserError if the run in the folder has other images, or settings not in `_FREE`."""
+    """Raises UserError if the folder's run has other images, or settings that must not change."""
     old = config_of(path)
     before, after = identity(old), identity(config)
     keys = sorted((before.keys() | after.keys()) - {"data.source"})
@@ -162,7 +162,7 @@ def planned_path(config: TrainConfig) -> Path:
 def environment(
     config: TrainConfig, splits: Splits, device: torch.device, best: Path | None
 ) -> dict[str, Any]:
-    """Returns the contents of environment.json; no "weights" where `best` stands in for them."""
+    """Returns the contents of environment.json; "weights" is None if `best` stands in for them."""
     found, source, weights = splits.fingerprints, config.model.weights, None
     data = {"training_images": len(splits.train), "fingerprint": found["train"]}
     data |= {name: found[name] for name in ("validation", "test")}

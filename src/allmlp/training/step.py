@@ -182,7 +182,7 @@ class Updater:
         return total
 
     def choose_micro_batch(self) -> None:
-        """Chooses the size of micro-batches, unless it is set or, for the same bits, resumed."""
+        """Chooses the micro-batch size; one that is set, or of a resumed run (same bits), stays."""
         own, device = self.config.batch_size // self.world.size, self.compute.device
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:

@@ -445,7 +445,7 @@ class Trainer(Run):
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
     def evaluate(self) -> bool:
-        """Evaluates, logs and keeps the best weights (or the last); returns whether these are."""
+        """Evaluates, logs and keeps the weights if they are the best; returns whether they are."""
         config, validation = self.config, self.splits.validation
         self.note_results(self.updater.results())
         for found in self.world.gather(self.bad):  # images that a process could not decode
