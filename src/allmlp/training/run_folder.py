@@ -234,10 +234,8 @@ class RunFolder:
             (self.path / "results.csv").unlink(missing_ok=True)
 
     def bad_files(self) -> set[str]:
-        try:
-            text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
-        except FileNotFoundError:
-            return set()
+        path = self.path / "bad_files.txt"
+        text = path.read_text("utf-8", "surrogateescape") if path.is_file() else ""
         return {line.partition("\t")[0] for line in text.splitlines()}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:
