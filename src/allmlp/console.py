@@ -29,8 +29,7 @@ class _Console(Console):
 
 
 class Reporter:
-    """Prints lines, to standard error if results go to standard output, unless `quiet`, and logs
-    them to a file."""
+    """Prints lines, unless `quiet`, and logs them to a file."""
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
         self.console = _Console(
@@ -43,7 +42,8 @@ class Reporter:
         self.console.print(text, style=style, markup=False)
         self.console.file.flush()  # not buffered in a pipe
         self._said.append(text)
-        self._flush()
+        if self._log is not None:
+            self.log_to(self._log)
 
     def table(
         self,
@@ -57,14 +57,9 @@ class Reporter:
     def log_to(self, path: Path) -> None:
         """Logs all lines, including earlier ones, to a file."""
         self._log = path
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._log is None:
-            return
         with (
-            path_in_errors(self._log),
-            self._log.open("a", encoding="utf-8", errors="surrogateescape") as file,
+            path_in_errors(path),
+            path.open("a", encoding="utf-8", errors="surrogateescape") as file,
         ):
             file.writelines(f"{line}\n" for line in self._said)
         self._said.clear()
@@ -91,10 +86,8 @@ class ProgressBar:
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
-    def advance(self, amount: int, note: str | None = None, description: str | None = None) -> None:
-        self._bar.update(self._task, advance=amount, description=description)
-        if note is not None:
-            self._bar.tasks[0].fields["note"] = note
+    def advance(self, amount: int, note: str = "", description: str | None = None) -> None:
+        self._bar.update(self._task, advance=amount, description=description, note=note)
 
 
 def table(headers: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
@@ -126,8 +119,7 @@ def table_of(
 
 
 def report_bad_images(bad: Sequence[Any], number: int | None = None) -> int:
-    """Lists the first 20 of `number` bad images on standard error; returns the exit code, 0 or
-    3."""
+    """Lists the first 20 of `number` bad images on standard error; returns the exit code."""
     for image in bad[:20]:
         print(f"bad image: {image.name}: {image.what}", file=sys.stderr)
     more = (number or len(bad)) - 20

@@ -304,8 +304,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether a host answers, since client libraries retry for half a minute; True behind
-    a proxy, where that is unknown."""
+    """Returns whether a host answers (clients retry for half a minute); True behind a proxy."""
     parts = urllib.parse.urlsplit(endpoint)
     if urllib.request.getproxies() or parts.hostname is None:
         return True

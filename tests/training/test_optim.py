@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 import allmlp as am
 from allmlp.errors import UserError
@@ -19,7 +20,6 @@ from allmlp.training.optim import (
     balance_weights,
     build_optimizers,
     check_warmup,
-    clip,
     learning_rate,
     loss_function,
     operations,
@@ -158,7 +158,7 @@ def test_twelve_steps_equal_googles(file: str, settings: Optimizer, loss: Softma
         value = loss_function(model(images[step]), targets[step], loss)
         model.zero_grad()
         value.backward()
-        norm = clip(model.parameters(), settings.clip_norm)
+        norm = clip_grad_norm_(model.parameters(), settings.clip_norm)
         rate = learning_rate(settings, step, 12)
         update(optimizers, rate)
         losses.append(value.item())

@@ -1,7 +1,4 @@
-"""`mixer train` and `mixer finetune`, with flags for the most common settings.
-
-A flag sets a field of `TrainConfig` and takes its type and help from it; `--set` sets all others.
-"""
+"""`mixer train` and `mixer finetune`, with flags for the most common settings of `TrainConfig`."""
 
 from __future__ import annotations
 

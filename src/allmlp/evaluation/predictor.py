@@ -26,9 +26,9 @@ from allmlp.preprocessing import Preprocessing
 from allmlp.runtime.device import (
     Transfer,
     check_device_of_exported,
+    choose_device,
     side_stream,
     step_threads,
-    to_device,
 )
 from allmlp.runtime.world import World
 
@@ -70,7 +70,7 @@ class Predictor:
         self.model = model
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
-            self.model = to_device(model, device)
+            self.model = model if device is None else model.to(choose_device(device))
             self.precision, self.why = choose_precision(self.model, precision)
             self._inference = Inference(self.model, self.precision)
         else:

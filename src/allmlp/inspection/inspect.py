@@ -30,7 +30,7 @@ from allmlp.models.catalog import random_weights
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import make
 from allmlp.plots import writer
-from allmlp.runtime.device import to_device
+from allmlp.runtime.device import choose_device
 from allmlp.weights.load import open_model
 
 FIRST_LAYERS, STRONGEST = 3, 4
@@ -98,7 +98,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
     responses: list[UnitResponse] = []
     if options.image is not None:
         stays = isinstance(model, ImageClassifier) and options.device == "auto"
-        net = to_device(net, None if stays else options.device)
+        net = net if stays else net.to(choose_device(options.device))
         image, pixels = read_image(options.image, net)
         for layer in [layer for layer in units.layers if not layer.are_tokens][:FIRST_LAYERS]:
             found_units = unit_responses(net, units, image, layer.number)

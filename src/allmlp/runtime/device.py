@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from allmlp.errors import UserError
 
@@ -23,7 +22,6 @@ SMALL_STEP = 2e9  # FLOPs
 # Compiling takes about a minute (a GELU, on a CPU, seconds): it pays off if a run takes ten. A step
 # takes at least the time of its launches, and else that of its FLOPs, on an H200 or a few cores.
 LONG_RUN, STEP_SECONDS, FLOPS_PER_SECOND = 600.0, 5e-3, {"cuda": 3e14, "cpu": 1e11}
-Net = TypeVar("Net", bound=nn.Module)
 _threads_are_chosen: ContextVar[bool] = ContextVar("_threads_are_chosen", default=False)
 
 
@@ -44,11 +42,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # pinning memory would open a context on GPU 0
     return device
-
-
-def to_device(model: Net, device: str | None) -> Net:
-    """Moves the model to a device; None leaves it in place."""
-    return model if device is None else model.to(choose_device(device))
 
 
 def synchronize(device: torch.device) -> None:
@@ -233,8 +226,7 @@ def cores_of_process() -> int:
 
 
 def threads_for(operations: float) -> int:
-    """Returns the number of CPU threads for a step of this many FLOPs: one, or all of torch's,
-    which synchronize after each of hundreds of tiny operations (docs/decisions.md, 9)."""
+    """Returns the CPU threads for a step of this many FLOPs: one or all (docs/decisions.md, 9)."""
     is_small = operations < SMALL_STEP and not _threads_are_chosen.get()
     return 1 if is_small else torch.get_num_threads()
 
@@ -286,8 +278,7 @@ def torch_settings(
 
 @contextlib.contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
-    """On a GPU, in the block, float32 is float32 (not TF32, torch's default in convolutions), sums
-    are not rounded to bfloat16, and runs repeat."""
+    """On a GPU, in the block, float32 is not TF32, sums are not bfloat16, and runs repeat."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     settings: list[tuple[Any, str, bool]] = [
         *((cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)),
@@ -302,8 +293,7 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision: the
-    setting permits bfloat16."""
+    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision."""
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(256, 256, generator=random) for _ in range(2))

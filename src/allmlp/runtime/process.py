@@ -19,8 +19,7 @@ _NEVER = -1
 
 
 def sleep_soon() -> None:
-    """Makes waiting OpenMP threads sleep soon, unless the user has set this; must run before torch
-    is imported."""
+    """Makes waiting OpenMP threads sleep soon, unless the user set this or torch is imported."""
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ:
         return
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
@@ -43,8 +42,7 @@ def keep_freed_memory() -> bool:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for closed standard streams, whose descriptors the next opened files would
-    get."""
+    """Opens /dev/null for closed standard streams, whose descriptors other files would get."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)

@@ -1,5 +1,4 @@
-"""Distributed processes, as torchrun starts them; the only module with collectives. A single
-process does nothing here."""
+"""Distributed processes, as torchrun starts them; the only module with collectives."""
 
 from __future__ import annotations
 
@@ -181,9 +180,8 @@ atexit.register(_groups.clear)
 
 @contextlib.contextmanager
 def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[World, torch.device]]:
-    """Joins the process group in the block; yields the world and this process's device, with CUDA
-    that of its local rank. If one fails the others end, and if one is killed, unless they are
-    `independent`."""
+    """Joins the process group in the block; yields the world and this process's device. If one
+    fails the others end, and if one is killed, unless they are `independent`."""
     if num_processes() == 1:
         yield World(), choose_device(device)
         return
@@ -218,7 +216,8 @@ def join_world(device: str, *, independent: bool = False) -> Iterator[tuple[Worl
             raise
         raise told from error
     finally:
-        _leave(world, notes)
+        with contextlib.suppress(RuntimeError):  # the store's process has exited
+            notes.set(f"left {rank}", "")  # in good order, or having said why not
         if not failed:  # NCCL's would wait for the others, which wait for this process
             dist.destroy_process_group()
         left.set()
@@ -254,12 +253,6 @@ def _exit_after(failed: list[tuple[World, Store]]) -> None:
             others -= set(world.dead_ranks())
             time.sleep(0.05)
         os._exit(1 if hasattr(sys, "last_value") else 2)
-
-
-def _leave(world: World, notes: Store) -> None:
-    """Leaves word that this process ends in good order, or has said why it does not."""
-    with contextlib.suppress(RuntimeError):  # the store's process has exited
-        notes.set(f"left {world.rank}", "")
 
 
 def _end_with_the_others(notes: Store, left: threading.Event, independent: bool) -> None:

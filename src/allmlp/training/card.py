@@ -236,8 +236,7 @@ def _card(
 
 
 def published_card(card: str, name: str, changes: dict[str, Any]) -> str:
-    """Returns a card as it is to be on the hub, whose code loads the model from there, with header
-    fields such as the licence changed."""
+    """Returns a card whose code loads the model from the hub, with header fields changed."""
     use = _USE.format(place="From anywhere", source=f"{PREFIX}{name}")
     section = re.compile(r"## Use\n.*?```\nmixer [^\n]*\n```\n", re.DOTALL)
     card = section.sub(lambda _: use, card, count=1)

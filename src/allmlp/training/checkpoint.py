@@ -22,7 +22,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, some_of
 from allmlp.io import fsync, parse_json, sha256_of
 from allmlp.names import NAME
 from allmlp.runtime.world import World, fill_from_rank0, full_tensor, saving
@@ -52,19 +52,17 @@ class Checkpoint:
     is_best: bool = False
 
 
+@dataclass(eq=False)
 class Checkpoints:
     """The checkpoints of a run; all processes, which share the folder, call `save`, `newest`,
     `peek` and `load` together. Kept are the `keep` newest and the newest best one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int = 2,
-        world: World | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.folder, self._keep, self._say = folder, keep, say
-        self._world = World() if world is None else world
+    folder: Path
+    keep: int = 2
+    world: World = field(default_factory=World)
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
         # A single thread; the interpreter waits for it at exit, so a save in progress completes.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -85,7 +83,7 @@ class Checkpoints:
         values, copies = json.loads(json.dumps(values)), {}
         for name, tensor in (tensors or {}).items():
             gathered = full_tensor(tensor.detach())  # on every process, one tensor at a time
-            if self._world.is_main:
+            if self.world.is_main:
                 copies[name] = gathered.to("cpu", copy=True)
 
         def write() -> None:
@@ -95,12 +93,12 @@ class Checkpoints:
                 if tensors is not None:
                     self._write(step, copies, values, is_best)
 
-        if self._world.is_main:
+        if self.world.is_main:
             self._pending = self._thread.submit(write)
 
     def wait_on_all(self) -> None:
         """Waits on all processes until the main one has nothing left to write; raises its error."""
-        self._world.broadcast_from_rank0(self.wait)
+        self.world.broadcast_from_rank0(self.wait)
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk under its final name; raises its error."""
@@ -118,17 +116,16 @@ class Checkpoints:
             self._thread.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that matches all its checksums; says which do not, and
-        removes what killed saves left."""
-        return self._world.broadcast_from_rank0(self._newest)
+        """Returns the newest whole checkpoint; names damaged ones, removes what kills left."""
+        return self.world.broadcast_from_rank0(self._newest)
 
     def peek(self) -> Checkpoint | None:
         """Returns the newest checkpoint without its checksum verified; changes nothing."""
-        return self._world.broadcast_from_rank0(lambda: next(self._readable(), None))
+        return self.world.broadcast_from_rank0(lambda: next(self._readable(), None))
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Fills the tensors in place; names, shapes and dtypes must match the checkpoint."""
-        path, world = checkpoint.path / STATE, self._world
+        path, world = checkpoint.path / STATE, self.world
         world.broadcast_from_rank0(lambda: _check_same_tensors(path, tensors))
         with _opened(path) if world.is_main else contextlib.nullcontext() as file:
             for name, tensor in tensors.items():
@@ -174,12 +171,12 @@ class Checkpoints:
         try:
             self._retain(target)
         except (OSError, UserError) as error:  # an extra checkpoint is the lesser evil
-            self._say(f"An old checkpoint could not be removed: {error}")
+            self.say(f"An old checkpoint could not be removed: {error}")
 
     def _retain(self, newest: Path) -> None:
         # The checksum was verified when written or found.
         known = [found for found in self._readable() if found.path.name not in self._damaged]
-        kept = {newest, *(found.path for found in known[: self._keep])}
+        kept = {newest, *(found.path for found in known[: self.keep])}
         kept |= {found.path for found in [found for found in known if found.is_best][:1]}
         for found in known:
             if found.path not in kept:
@@ -191,7 +188,7 @@ class Checkpoints:
         for name in leftovers:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         if leftovers:
-            self._say(f"Removed what a killed save left in {self.folder}: {', '.join(leftovers)}")
+            self.say(f"Removed what a killed save left in {self.folder}: {', '.join(leftovers)}")
         for path in self._folders():
             try:
                 return verify(path)
@@ -199,7 +196,7 @@ class Checkpoints:
                 if error.code == "old-format":
                     raise
                 self._damaged.add(path.name)
-                self._say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
+                self.say(f"Skipped the checkpoint {path.name}: {error.where}: {error.what}")
         return None
 
     def _readable(self) -> Iterator[Checkpoint]:
@@ -307,9 +304,7 @@ def _check_same_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if names:
         lines = [f"{n} is {there.get(n, 'not')} in it, {here.get(n, 'not')} here" for n in names]
-        what = "the checkpoint is of another model or optimizer: "
-        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
-        what += "; ".join(lines[:4]) + more
+        what = f"the checkpoint is of another model or optimizer: {some_of(lines, 4)}"
         raise UserError(what, where=path.parent, fix="Resume with its own config")
 
 

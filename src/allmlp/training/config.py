@@ -78,8 +78,7 @@ class ModelSettings(Options):
                 what = "random weights need a name of `mixer models` and an image size"
                 raise UserError(what, where="model.name, model.image_size")
             if self.train_only != "all":
-                what = f"model.train_only={self.train_only} would leave random weights behind the "
-                what += "head untrained"
+                what = f"model.train_only={self.train_only}: all but the head would stay random"
                 raise UserError(what, fix="model.weights=CHECKPOINT")
             return
         if self.name:
@@ -217,23 +216,19 @@ class AugmentSettings(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decay(Options):
-    final_lr_fraction: Fraction = 0.0
-    """Learning rate at the last step, as a fraction of the peak."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine(_Decay):
+class Cosine(Options):
     """Decay along half a cosine."""
 
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
     name: Literal["cosine"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Decay):
+class Linear(Cosine):
     """Linear decay."""
 
-    name: Literal["linear"] = "linear"
+    name: Literal["linear"] = "linear"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True, kw_only=True)

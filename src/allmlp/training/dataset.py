@@ -90,8 +90,7 @@ class Splits:
 def open_training_data(
     settings: DataSettings, splits: Splits | None = None, world: World | None = None
 ) -> Splits:
-    """Returns the splits of a run, listed or not, with checked headers; one process of a machine
-    does it for all."""
+    """Returns the splits with checked headers; one process of a machine does it for all."""
     world = World() if world is None else world
     found = world.once_per_machine(lambda: _checked(settings, splits))
     counts = world.gather(found.train.class_counts().tolist())
@@ -120,16 +119,13 @@ def splits_with_train(source: str) -> dict[str, Source]:
     return splits
 
 
-def open_folds(settings: DataSettings, number: int) -> tuple[Source, np.ndarray, str]:
-    """Returns the training and validation images together, the fold of each, int64 (n,) from 0,
-    and how the folds were chosen."""
-    splits, _ = _open_splits(settings)
-    return _folds(splits, settings.source, number)
-
-
-def _folds(splits: dict[str, Source], name: str, number: int) -> tuple[Source, np.ndarray, str]:
+def open_folds(
+    settings: DataSettings, number: int, splits: dict[str, Source] | None = None
+) -> tuple[Source, np.ndarray, str]:
+    """Returns training and validation images, the fold of each, int64 (n,), and a description."""
+    splits = splits or _open_splits(settings)[0]
     parts = [splits[split] for split in ("train", "validation") if split in splits]
-    whole = join(parts, name) if len(parts) > 1 else parts[0]
+    whole = join(parts, settings.source) if len(parts) > 1 else parts[0]
     if not 2 <= number <= len(whole):
         what = f"{plural(len(whole), 'image')} cannot be dealt into {number} folds"
         raise UserError(what, where="folds", fix="folds: 5")
@@ -142,7 +138,7 @@ def split_data(settings: DataSettings) -> Splits:
     train, validation, how, sides = splits["train"], splits.get("validation"), "", None
     if settings.fold is not None:
         number, folds = settings.fold
-        train, dealt, _ = _folds(splits, settings.source, folds)
+        train, dealt, _ = open_folds(settings, folds, splits)
         sides = np.flatnonzero(dealt != number - 1), np.flatnonzero(dealt == number - 1)
         how = f", fold {number} of {folds}"
     elif validation is None and settings.holdout != 0.0:
@@ -213,8 +209,7 @@ def check_readable(source: Source, most: float, keys: list[str] | None = None) -
 
 
 def check_number_bad(bad: list[BadImage], source: Source, most: float) -> None:
-    """Raises UserError if the fraction of bad images exceeds `most`, and more than 5 images, half
-    of them or all of a class are bad."""
+    """Raises UserError if more images are bad than `max_bad` of `DataSettings` allows."""
     of = len(source)
     if len(bad) <= most * of:
         return

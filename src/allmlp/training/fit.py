@@ -17,8 +17,7 @@ from allmlp.training.recipes import FINETUNING, LARGE, finetune_for, recipe
 LEAST_EPOCHS, MOST_EPOCHS = 30, 100
 # Random weights per training image above which a run is warned about. The recipes that work have
 # 55 (digits: 98.4 %) and 25 (CIFAR-10: 69 % after 12 epochs, still rising); S/16 on 340 flowers had
-# 51,000 (37.5 %). Counting weights holds for every image size: small images have small models.
-# The limit is about the geometric mean of 55 and 51,000, which is 1,700.
+# 51,000 (37.5 %); the limit is about the geometric mean of 55 and 51,000, which is 1,700.
 MOST_WEIGHTS = 1000
 
 
@@ -62,9 +61,8 @@ def fitted_config(
     if recipe_name is None:
         splits = split_data(replace(config.data, holdout=None) if in_grid else config.data)
         num_images, device = len(splits.train), choose_device(config.device).type
-        batch, epochs = fitting(
-            num_images, device, config.batch_size if "batch_size" in own else None
-        )
+        batch = config.batch_size if "batch_size" in own else None
+        batch, epochs = fitting(num_images, device, batch)
         base, changes = finetune_for(num_images), {"batch_size": batch}
         if epochs is not None and not has_length:
             changes["epochs"] = epochs
@@ -76,8 +74,7 @@ def fitted_config(
 def fitting(
     num_images: int, device: str = "cpu", batch_size: int | None = None
 ) -> tuple[int, int | None]:
-    """Returns the batch size and the epochs that fit, see docs/training.md; no epochs if the
-    recipe's steps do."""
+    """Returns batch size and epochs that fit (docs/training.md); None if the recipe's steps do."""
     base = finetune_for(num_images)
     steps, most, processes = base.steps or 0, base.batch_size, num_processes()
     if batch_size is None:
@@ -100,7 +97,3 @@ def describe_fit(config: TrainConfig, num_images: int, device: str = "cpu") -> s
         f"{plural(num_images, 'training image')}: {plural(epochs, 'epoch')} in batches of {batch}; "
         f"the recipe's {base.length} of {base.batch_size} would be {passes:,.0f} passes"
     )
-
-
-def are_too_few(config: TrainConfig, num_parameters: int, num_images: int) -> bool:
-    return config.model.weights is None and num_parameters > MOST_WEIGHTS * num_images

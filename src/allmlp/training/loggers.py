@@ -1,5 +1,4 @@
-"""What a run reports while it runs: to TensorBoard, trackio, wandb, MLflow and your own
-callbacks."""
+"""What a run reports: to TensorBoard, trackio, wandb, MLflow and your own callbacks."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,9 +30,8 @@ def build_model(
     rows: Source | None = None,
     quiet: bool = False,
 ) -> ImageClassifier:
-    """Returns the model of a run. Training `rows` of arrays are normalised by their statistics,
-    unless the weights were trained on arrays. best/ of a resumed run replaces weights that may be
-    gone."""
+    """Returns the model of a run; `rows` are its training images, and best/ of a resumed run
+    replaces weights that may be gone."""
     settings, data = config.model, config.data
     rows = rows if rows is not None and array_shape(rows) else None
     if settings.weights is not None:
@@ -43,15 +41,15 @@ def build_model(
         model = create_model(
             settings.name, settings.image_size, len(class_names), **settings.overrides
         )
-        if rows is None:
-            _check_channels(model, "model.overrides.in_channels")
-            model.preprocessing = Preprocessing(
-                image_size=model.config.image_size, channels=model.config.in_channels
-            )
         if settings.head_bias:
-            set_head_bias(model, settings.head_bias)
+            nn.init.constant_(head_of(model).bias, settings.head_bias)
+    kind, channels = getattr(model.preprocessing, "kind", "images"), model.config.in_channels
+    if kind == "images" and (rows is None or settings.weights) and channels not in (1, 3):
+        what = f"images have 1 or 3 channels, the model takes {channels}"
+        raise UserError(what, where=settings.weights or "model.overrides.in_channels")
     if settings.train_only != "all":
-        freeze_all_but_head(model)
+        model.requires_grad_(False)
+        head_of(model).requires_grad_(True)
     model.class_names = class_names
     model.decision = Decision()  # that of earlier weights does not hold for new ones
     changes: dict[str, Any] = {"resize": data.resize, "exif_orientation": data.exif_orientation}
@@ -60,14 +58,13 @@ def build_model(
     if data.permutation is not None:
         names = ("permutation", "permutation_patch", "permutation_seed")
         changes |= {name: getattr(data, name) for name in names}
-    if rows is not None and getattr(model.preprocessing, "kind", "") != "arrays":
+    if rows is not None and kind != "arrays":
         mean, std = statistics(rows)
-        size, channels = model.config.image_size, model.config.in_channels
         if len(mean) != channels:
             what = f"the model takes {plural(channels, 'channel')}, and rows have {len(mean)}"
             raise UserError(what, where=rows.name, code="shape")
         changes |= {"kind": "arrays", "channels": channels, "mean": mean, "std": std}
-        model.preprocessing = Preprocessing(image_size=size)
+        model.preprocessing = Preprocessing(image_size=model.config.image_size)
     try:
         model.preprocessing = dataclasses.replace(preprocessing_of(model), **changes)
     except ValueError as error:
@@ -75,27 +72,8 @@ def build_model(
     return model
 
 
-def freeze_all_but_head(model: nn.Module) -> None:
-    head = head_of(model)
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-
-
-def set_head_bias(model: nn.Module, value: float, rows: Sequence[int] | None = None) -> None:
-    """Fills the bias of the head, or these rows: big_vision's `init_head_bias`, about the logarithm
-    of 1/1000 for the 1000 classes of ImageNet-1k and the sigmoid loss."""
-    with torch.no_grad():
-        head_of(model).bias[slice(None) if rows is None else list(rows)] = value
-
-
 def head_of(model: nn.Module) -> nn.Linear:
     return cast(nn.Linear, model.head)
-
-
-def _check_channels(model: ImageClassifier, where: str) -> None:
-    if model.config.in_channels not in (1, 3):
-        what = f"images have 1 or 3 channels, the model takes {model.config.in_channels}"
-        raise UserError(what, where=where)
 
 
 def _from_weights(
@@ -112,11 +90,10 @@ def _from_weights(
         source, quiet = str(best), True
     method = settings.resize_weights
     model = load_model(source, settings.image_size, resize_weights=method, quiet=quiet)
-    if model.preprocessing is None or model.preprocessing.kind == "images":
-        _check_channels(model, source)
     model, names, new = _with_head_for(model, class_names, Reporter(quiet=quiet, stderr=True))
-    if settings.head_bias and new:
-        set_head_bias(model, settings.head_bias, new)
+    if settings.head_bias:
+        with torch.no_grad():
+            head_of(model).bias[new] = settings.head_bias
     if settings.overrides:  # from `ModelSettings`; these do not change the tensors
         trained, preprocessing = model.state_dict(), model.preprocessing
         try:
@@ -133,8 +110,7 @@ def _from_weights(
 def _with_head_for(
     model: ImageClassifier, class_names: list[str], report: Reporter
 ) -> tuple[ImageClassifier, list[str], list[int]]:
-    """Returns the model with one head row per class, its names for the classes, and the new rows,
-    which are zero as in the paper's fine-tuning."""
+    """Returns the model with one head row per class, its class names, and the new rows: zeros."""
     known, had = model.class_names or [], model.config.num_classes
     names = matched_names(class_names, known)
     place = {name: at for at, name in enumerate(known)}

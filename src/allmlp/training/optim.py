@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from allmlp.data.source import Source
@@ -132,10 +132,11 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
             options |= {"momentum": settings.momentum, "adjust_lr_fn": "match_rms_adamw"}
             kind = torch.optim.Muon if hidden[0].is_cuda else Float32Muon
             optimizers.append(kind(hidden, **options))
-        kernels = [p for name, p in trained.items() if is_kernel(name, p)]
-        others = [p for name, p in trained.items() if not is_kernel(name, p)]
+        # Kernels in Flax's sense.
+        kernels = {n: p for n, p in trained.items() if p.dim() > 1 and not n.endswith("bias")}
+        others = [p for name, p in trained.items() if name not in kernels]
         groups: list[dict[str, Any]] = [
-            {"params": kernels, "weight_decay": settings.weight_decay},
+            {"params": [*kernels.values()], "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
@@ -173,11 +174,6 @@ class Float32Muon(torch.optim.Muon):
                 weight.add_(x.T if is_tall else x, alpha=-rate * scale)
 
 
-def is_kernel(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a kernel in Flax's sense; only kernels get weight decay."""
-    return parameter.dim() > 1 and not name.endswith("bias")
-
-
 def _begin_state(optimizer: torch.optim.Optimizer) -> None:
     """Creates the state with a step on dummy tensors; weights and gradients are not touched."""
     kind: Any = type(optimizer)
@@ -191,12 +187,6 @@ def _begin_state(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter] = {key: value.zero_() for key, value in state.items()}
 
 
-def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Clips the gradients in place to a global norm; returns the norm before. If it is non-finite,
-    they become NaN: check it before `update`."""
-    return full_tensor(clip_grad_norm_(parameters, most))
-
-
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -207,12 +197,10 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor; filling these in place
-    continues another run bit for bit."""
-    named = dict(model.named_parameters())
+    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor."""
     return {
         f"{name}.{key}": tensor
-        for name, parameter in named.items()
+        for name, parameter in model.named_parameters()
         for optimizer in optimizers
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
@@ -220,17 +208,12 @@ def optimizer_tensors(
 
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """Updates the EMA of the weights (Polyak and Juditsky 1992) in place; the decay rises to
-    `decay`, so that the random start is soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
+    """Updates the EMA of the weights (Polyak and Juditsky 1992) in place."""
+    decay = min(decay, (1 + step) / (10 + step))  # so that the random start is soon forgotten
     weights = dict(model.named_parameters())
     means: list[Tensor] = list(average.values())
     values: list[Tensor] = [weights[name] for name in average]
     get_ema_multi_avg_fn(decay)(means, values, step)
-
-
-def sam_rho_at(optimizer: Optimizer, step: int, num_steps: int) -> float:
-    return optimizer.sam_rho if step >= round(optimizer.sam_start * num_steps) else 0.0
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def _pretraining(recipe: str) -> Settings:
 
 
 def _imagenet(
-    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float, **changes: Any
+    model: str, epochs: int, warmup_epochs: int, batch_size: int, rate: float
 ) -> Settings:
     return {
         "data.source": "",
@@ -192,11 +192,15 @@ def _imagenet(
         "epochs": epochs,
         "batch_size": batch_size,
         "checkpoint_every": 1000,
-        **{key.replace("__", "."): value for key, value in changes.items()},
     }
 
 
-_GMLP = {"augment__random_erasing": 0.0, "optimizer__clip_norm": 1.0, "optimizer__warmup": 10_000}
+_GMLP = {
+    "model.overrides": {"stochastic_depth": 0.05},
+    "augment.random_erasing": 0.0,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.warmup": 10_000,
+}
 
 
 # Fine-tuning: the paper's appendix C, Google's code, and the BiT-HyperRule. The recipe names no
@@ -204,9 +208,7 @@ _GMLP = {"augment__random_erasing": 0.0, "optimizer__clip_norm": 1.0, "optimizer
 # (big_vision and scenic), the learning rate from vit_jax, or 0.01 where it has none.
 
 
-def _finetuning(
-    steps: int = 500, warmup: int = 100, evaluate_every: int = 100, **changes: Any
-) -> Settings:
+def _finetuning(steps: int = 500, warmup: int = 100, evaluate_every: int = 100) -> Settings:
     return {
         "data.source": "",
         "model.weights": "",
@@ -218,22 +220,21 @@ def _finetuning(
         "steps": steps,
         "batch_size": 512,
         "evaluate_every": evaluate_every,
-        **{key.replace("__", "."): value for key, value in changes.items()},
     }
 
 
 # In some VTAB tasks the position of an object is the answer, so no crops or flips.
-_WHOLE = {"data__resize": "squash", "augment__crop": "none", "augment__flip": False}
+_WHOLE = {"data.resize": "squash", "augment.crop": "none", "augment.flip": False}
 FINETUNING: dict[str, Settings] = {
-    "finetune": _finetuning(optimizer__learning_rate=0.01),
+    "finetune": _finetuning() | {"optimizer.learning_rate": 0.01},
     "finetune_imagenet": _finetuning(20_000, 500, 1000),
     "finetune_cifar": _finetuning(10_000, 500, 500),
     "finetune_pets": _finetuning(),
     "finetune_flowers": _finetuning(),
-    "finetune_vtab": _finetuning(2500, 200, 500, optimizer__learning_rate=0.01, **_WHOLE),
+    "finetune_vtab": _finetuning(2500, 200, 500) | {"optimizer.learning_rate": 0.01, **_WHOLE},
     # The ablations of appendix A.2, one change each.
-    "finetune_mixup": _finetuning(augment__mixup=0.1, augment__crop="none"),
-    "finetune_average": _finetuning(optimizer__ema_decay=0.9999, augment__crop="none"),
+    "finetune_mixup": _finetuning() | {"augment.mixup": 0.1, "augment.crop": "none"},
+    "finetune_average": _finetuning() | {"optimizer.ema_decay": 0.9999, "augment.crop": "none"},
     "finetune_inception": _finetuning(),
 }
 # The paper's grid of learning rates, and the fraction of training images held out to choose one.
@@ -254,9 +255,7 @@ RECIPES: dict[str, Settings] = {
     "imagenet_cycle_mlp_b1": _imagenet("cycle_mlp_b1", 300, 5, 1024, 1e-3),
     "imagenet_vip_s7": _imagenet("vip_s7", 310, 20, 2048, 2e-3),
     "imagenet_resmlp_12": _imagenet("resmlp_12", 400, 5, 1024, 1e-3),
-    "imagenet_gmlp_s16": _imagenet(
-        "gmlp_s16", 300, 0, 4096, 1e-3, model__overrides={"stochastic_depth": 0.05}, **_GMLP
-    ),
+    "imagenet_gmlp_s16": _imagenet("gmlp_s16", 300, 0, 4096, 1e-3) | _GMLP,
     **FINETUNING,
 }
 
@@ -272,8 +271,7 @@ def recipe(name: str) -> TrainConfig:
 
 
 def for_multi_label(config: TrainConfig) -> TrainConfig:
-    """Returns the settings for several labels per image: a sigmoid for the recipe's softmax, and
-    mean average precision to choose the best weights."""
+    """Returns the settings for several labels per image: sigmoid, and mean average precision."""
     chooses = config.data.holdout != 0.0 and config.data.fold is None
     if config.best_by == "top1" and chooses:
         config = config.with_value("best_by", "mean_average_precision")
@@ -281,8 +279,7 @@ def for_multi_label(config: TrainConfig) -> TrainConfig:
         return config
     usual = recipe(config.recipe).loss if config.recipe in RECIPES else Softmax()
     if config.loss != usual:
-        what = f"loss.label_smoothing={config.loss.label_smoothing:g}: an image has several labels,"
-        what += " and only the softmax of one label has label smoothing"
+        what = f"loss.label_smoothing={config.loss.label_smoothing:g} with several labels per image"
         raise UserError(what, where="loss", fix="loss=sigmoid", code="multi-label")
     return config.with_value("loss", "sigmoid")
 
@@ -297,8 +294,7 @@ def for_data(config: TrainConfig, images: Source) -> TrainConfig:
 
 
 def for_arrays(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
-    """Returns the settings for rows of arrays, (C, H, W), which have no augmentation but mixup; a
-    patch size that was not chosen makes about `TOKENS` tokens."""
+    """Returns the settings for rows of arrays, (C, H, W), whose only augmentation is mixup."""
     from allmlp.models.catalog import architectures  # torch, which --help does not need
     from allmlp.models.family import PatchConfig
 
@@ -326,8 +322,7 @@ TOKENS = 32
 
 
 def patch_for(height: int, width: int) -> tuple[int, int]:
-    """Returns the patch size, a divisor of each side, that makes about `TOKENS` tokens; of equal
-    ones the squarest."""
+    """Returns the patch size that makes about `TOKENS` tokens; of equal ones the squarest."""
     talls, wides = ([n for n in range(1, side + 1) if side % n == 0] for side in (height, width))
     wanted = math.log(height * width / TOKENS)
 

@@ -31,7 +31,7 @@ from allmlp.page import details, image, items, page, table, tag
 from allmlp.training.card import Outcome, described, model_card, public_name
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import check_number_bad
-from allmlp.training.fit import MOST_WEIGHTS, are_too_few, describe_fit
+from allmlp.training.fit import MOST_WEIGHTS, describe_fit
 from allmlp.training.optim import balance_weights
 from allmlp.training.recipes import RECIPES, recipe
 from allmlp.training.run_folder import identity, read_results
@@ -76,7 +76,7 @@ def _too_few(run: Run) -> Iterable[str]:
     """Says if the images are too few for random weights, and what to do."""
     config, images, weights = run.config, run.splits.train, run.model.num_parameters
     are_images = array_shape(images) is None  # which published weights know
-    if are_images and are_too_few(config, weights, len(images)):
+    if are_images and config.model.weights is None and weights > MOST_WEIGHTS * len(images):
         name = recommended("speed" if run.compute.device.type == "cpu" else "accuracy").name
         yield (
             f"{plural(len(images), 'image')} for {weights:,} random weights: the accuracy will be "
@@ -224,12 +224,9 @@ def finish(run: Run, *, in_study: bool = False) -> TrainResult:
         check_number_bad(test.bad, splits.test, config.data.max_bad)
     for name in drawn:
         folder.loggers.tell("image", run.num_steps, name, folder.plots / f"{name}.png")
-    measured = [
-        (part, found) for part, found in (("validation", validation), ("test", test)) if found
-    ]
-    folder.loggers.finish(
-        {f"{part}_{name}": value for part, found in measured for name, value in found.figures()}
-    )
+    parts = [("validation", validation), ("test", test)]
+    figures = {f"{part}_{k}": v for part, found in parts if found for k, v in found.figures()}
+    folder.loggers.finish(figures)
     commands = _next_commands(run)
     _write_page(run, outcome, commands)
     if not in_study:

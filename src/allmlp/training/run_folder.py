@@ -92,8 +92,7 @@ def can_resume(path: Path) -> bool:
 
 
 def best_of(path: Path) -> Path | None:
-    """Returns best/ if it can stand in for the first weights, which may no longer exist: if there
-    is a checkpoint. That of the state is read later, or the run ends there."""
+    """Returns best/ if it can stand in for the first weights, as there is a checkpoint to read."""
     has_checkpoint = any((path / "checkpoints").glob("step-*"))
     return path / "best" if has_checkpoint and (path / "best" / WEIGHTS).is_file() else None
 
@@ -115,8 +114,7 @@ def first_weights(run: Path) -> str | None:
 
 
 def check_same(path: Path, config: TrainConfig, splits: Splits) -> None:
-    """Raises UserError if settings that change a run's result, or the images, are not those of the
-    run in the folder; the images may have been moved."""
+    """Raises UserError if the folder's run has other images, or settings that must not change."""
     old = config_of(path)
     before, after = identity(old), identity(config)
     keys = sorted((before.keys() | after.keys()) - {"data.source"})
@@ -164,8 +162,7 @@ def planned_path(config: TrainConfig) -> Path:
 def environment(
     config: TrainConfig, splits: Splits, device: torch.device, best: Path | None
 ) -> dict[str, Any]:
-    """Returns the contents of environment.json; the first weights' fingerprint is None where `best`
-    stands in for them."""
+    """Returns the contents of environment.json; "weights" is None if `best` stands in for them."""
     found, source, weights = splits.fingerprints, config.model.weights, None
     data = {"training_images": len(splits.train), "fingerprint": found["train"]}
     data |= {name: found[name] for name in ("validation", "test")}
@@ -237,10 +234,8 @@ class RunFolder:
             (self.path / "results.csv").unlink(missing_ok=True)
 
     def bad_files(self) -> set[str]:
-        try:
-            text = (self.path / "bad_files.txt").read_text("utf-8", "surrogateescape")
-        except FileNotFoundError:
-            return set()
+        path = self.path / "bad_files.txt"
+        text = path.read_text("utf-8", "surrogateescape") if path.is_file() else ""
         return {line.partition("\t")[0] for line in text.splitlines()}
 
     def write(self, name: str, content: str | dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +28,43 @@ from allmlp.training.step import Updater
 from allmlp.weights.save import save_model
 
 
+@dataclass(eq=False)
 class Run:
     """A run: its constants, and all that it needs to resume as if it had never stopped."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        splits: Splits,
-        folder: RunFolder,
-        report: Reporter,
-        compute: ComputePolicy,
-        world: World,
-        num_steps: int,
-        model: ImageClassifier,
-    ) -> None:
-        self.config, self.splits, self.folder, self.report = config, splits, folder, report
-        self.compute, self.world, self.num_steps, self.model = compute, world, num_steps, model
+    config: TrainConfig
+    splits: Splits
+    folder: RunFolder
+    report: Reporter
+    compute: ComputePolicy
+    world: World
+    num_steps: int
+    model: ImageClassifier
+
+    def __post_init__(self) -> None:
+        config, model, world, say = self.config, self.model, self.world, self.report.say
         self.step, self.finished = 0, False  # completed steps; at full length or stopped early
         self.best: tuple[float, float] | None = None
         self.since_best, self.last_result_at = 0, 0
-        self.bad = {image.name: image for image in splits.bad}  # training images only
-        self.named_bad = folder.bad_files()
+        self.bad = {image.name: image for image in self.splits.bad}  # training images only
+        self.named_bad = self.folder.bad_files()
         self.loss_sum, self.loss_count, self.last_rate = 0.0, 0, 0.0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.last_checkpoint: Path | None = None
         self.write_best: Callable[[], None] | None = None  # of the next save
-        decay, sharding = config.optimizer.ema_decay, config.sharding
+        decay, compute = config.optimizer.ema_decay, self.compute
         # What is evaluated and saved: the model itself, or a copy filled on demand.
-        is_sharded = world.size > 1 and sharding == "full"
+        is_sharded = world.size > 1 and config.sharding == "full"
         self.copy = copy.deepcopy(model) if decay or is_sharded else None
-        network = parallelize(model, sharding, world, compute.precision)
+        network = parallelize(model, config.sharding, world, compute.precision)
         self.optimizers = build_optimizers(model, config.optimizer)
         self.updater = Updater(
-            *(model, network, self.optimizers, config, compute, world, num_steps, report.say)
+            *(model, network, self.optimizers, config, compute, world, self.num_steps, say)
         )
         named = model.named_parameters() if decay else ()
         self.average = {name: p.detach().clone() for name, p in named if p.requires_grad}
         keep = max(1, config.keep_checkpoints)
-        self.checkpoints = Checkpoints(folder.checkpoints, keep, world, report.say)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, keep, world, say)
 
     @property
     def mean_loss(self) -> float:

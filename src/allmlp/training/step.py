@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from allmlp.errors import UserError
 from allmlp.models.gelu import compile_gelu
@@ -30,9 +31,9 @@ from allmlp.runtime.device import (
     keep_compiled,
     side_stream,
 )
-from allmlp.runtime.world import World, innermost_shards, no_sync
+from allmlp.runtime.world import World, full_tensor, innermost_shards, no_sync
 from allmlp.training.config import TrainConfig
-from allmlp.training.optim import clip, learning_rate, loss_function, sam_ascent, sam_rho_at, update
+from allmlp.training.optim import learning_rate, loss_function, sam_ascent, update
 from allmlp.weights.download import cache_folder
 
 _USABLE = 0.8  # of free memory; torch's buffers and other programs need the rest
@@ -102,12 +103,12 @@ class Updater:
         known. Images are float32 (N, channels, H, W), targets (N, classes), depth (branches, N)."""
         settings = self.config.optimizer
         rate = learning_rate(settings, step, self.num_steps)
-        rho = sam_rho_at(settings, step, self.num_steps)
         loss = self.gradient(images, targets, depth, dropout_seed)
-        if rho:
-            with sam_ascent(self.parameters, rho):
+        if settings.sam_rho and step >= round(settings.sam_start * self.num_steps):
+            with sam_ascent(self.parameters, settings.sam_rho):
                 self.gradient(images, targets, depth, dropout_seed)
-        norm = clip(self.parameters, settings.clip_norm or math.inf)
+        # A non-finite norm makes the gradients NaN: it is checked before the update.
+        norm = full_tensor(clip_grad_norm_(self.parameters, settings.clip_norm or math.inf))
         own = torch.stack((loss, norm.to(loss.dtype), loss.new_full((), self.asked())))
         rows = self.world.gather_rows(own)
         self._unread.append((step, rate, Transfer((rows,), self._stream)))
@@ -132,8 +133,7 @@ class Updater:
         return results
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
-        """Stores the gradient of the mean loss; returns this process's loss. A GPU that runs out of
-        memory gets smaller micro-batches from then on."""
+        """Stores the gradient of the mean loss; returns this process's loss."""
         while True:
             size = self.micro_batch_size or len(images)
             try:
@@ -160,8 +160,9 @@ class Updater:
         reduces: bool = True,
     ) -> Tensor:
         torch.manual_seed(dropout_seed)
+        settings = self.config
         # Frozen features are computed as in evaluation, without dropped branches.
-        self.model.train(self.config.model.train_only == "all")
+        self.model.train(settings.model.train_only == "all")
         for parameter in self.parameters:
             parameter.grad = None
         count = len(images)
@@ -174,17 +175,14 @@ class Updater:
             with no_sync(self.network, part.stop < count or not reduces):
                 with self.compute.autocast():
                     logits = self.forward(images[part])
-                loss = loss_function(
-                    *(logits.float(), targets[part], self.config.loss), **self.weights
-                )
+                loss = loss_function(logits.float(), targets[part], settings.loss, **self.weights)
                 loss = loss * (len(logits) / count)
                 loss.backward()
             total += loss.detach()
         return total
 
     def choose_micro_batch(self) -> None:
-        """Chooses the size of micro-batches; that of a resumed run stays, for the same bits, unless
-        another is set."""
+        """Chooses the micro-batch size; one that is set, or of a resumed run (same bits), stays."""
         own, device = self.config.batch_size // self.world.size, self.compute.device
         chosen = self.config.micro_batch_size or self.micro_batch_size
         if chosen is None:
@@ -198,8 +196,7 @@ class Updater:
             self.say(f"memory   the {own} images of a step are split into {parts}")
 
     def agreed_size(self, own: int, size: int) -> int:
-        """Returns the largest micro-batch size up to `size` that fits on all processes, by trial:
-        later, one that runs out of memory cannot ask the others."""
+        """Returns the size that fits on all processes, by trial: later, none can ask the others."""
         while True:
             fitting = size if self._fits(own, size) else _below(size, own)
             agreed = -self.world.all_reduce_max(-fitting)
@@ -228,8 +225,7 @@ class Updater:
         return False
 
     def _fitting(self, own: int) -> int:
-        """Returns the largest divisor of this process's images whose activations fit into memory;
-        without a trial, as Linux kills processes that run out of it."""
+        """Returns the largest micro-batch that fits, without a trial, which Linux might kill."""
         device, preprocessing = self.compute.device, preprocessing_of(self.model)
         free = free_memory(device)
         if free is None:
@@ -241,8 +237,8 @@ class Updater:
         room -= sum(parameter.nbytes for parameter in self.parameters) + own * image.nbytes
         fitting = [n for n in range(1, own + 1) if own % n == 0 and n * needed <= room]
         if not fitting:
-            what = f"training on one image at a time takes {needed / 1e9:.2f} GB of activations, "
-            what += f"and {max(room, 0) / 1e9:.2f} GB of memory are left"
+            left = f"{max(room, 0) / 1e9:.2f} GB of memory are left"
+            what = f"one image at a time takes {needed / 1e9:.2f} GB of activations, and {left}"
             raise UserError(what, fix="A smaller model, image_size or batch_size", code="memory")
         return fitting[-1]
 
@@ -265,14 +261,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _below(size: int, count: int) -> int:
-    """Returns the largest divisor of `count` up to half of `size`, or 0; equal parts need one
-    compiled graph only."""
+    """Returns the largest divisor of `count` up to half of `size`, or 0: one size, one graph."""
     return next((n for n in range(size // 2, 0, -1) if count % n == 0), 0)
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
-    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward: the
-    difference between forward passes of two images and of one."""
+    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward."""
     own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
     was_training = model.training
     model.eval()

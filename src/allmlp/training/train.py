@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -117,8 +117,7 @@ def train(
         world, device = stack.enter_context(join_world(config.device))
         # All checks happen before anything is written.
         config, path, is_old, splits = _open(config, world, splits)
-        images = (config.epochs or 0) * len(splits.train)
-        num_steps = config.steps or max(1, round(images / config.batch_size))
+        num_steps = max(1, round(config.images_seen(len(splits.train)) / config.batch_size))
         is_probe = config.model.train_only == "probe"
         if is_probe:  # one pass over the images
             num_steps = math.ceil(len(splits.train) / config.batch_size)
@@ -137,10 +136,9 @@ def train(
         if splits.train.is_multi_label:
             model.decision = Decision(labels="multi")
         operations = 3 * model.config.flops * config.batch_size
+        own = operations // world.size
         compute = choose_policy(
-            *(device, config.precision, config.compile),
-            operations=operations // world.size,
-            num_steps=num_steps,
+            device, config.precision, config.compile, operations=own, num_steps=num_steps
         )
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shards = world.size if config.sharding == "full" else 1
@@ -175,10 +173,10 @@ def train(
         if dry_run:
             report.say("dry run  nothing was trained or written")
             return TrainResult(folder.path, None, None, seconds)
-        if is_probe:
-            trainer.probe()
-        else:
-            trainer.train()
+        if not trainer.finished:
+            trainer.name_bad(splits.bad)
+            fit = trainer.probe if is_probe else trainer.train
+            fit()
         trainer.checkpoints.wait_on_all()  # for the best weights, which are measured now
         return replace(finish(trainer, in_study=in_study), expected_seconds=seconds)
 
@@ -186,8 +184,7 @@ def train(
 def _open(
     config: TrainConfig, world: World, splits: Splits | None
 ) -> tuple[TrainConfig, Path, bool, Splits]:
-    """Returns the settings that fit the data, the run folder, whether it already holds this run,
-    and the images."""
+    """Returns settings that fit the data, the run folder, whether it holds this run, the images."""
     if world.size > 1 and config.output is None:
         what = "several processes share one run folder, and a restart must find it again"
         raise UserError(what, where="output", fix="Give it a name, such as runs/NAME")
@@ -226,8 +223,8 @@ def _open(
 class Trainer(Run):
     """The training loop: everything that happens in a step and between steps."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         train = self.splits.train
         self.preprocessing = preprocessing_of(self.model)
         self.steps_per_epoch = len(train) / self.config.batch_size
@@ -243,13 +240,10 @@ class Trainer(Run):
     def train(self) -> None:
         """Trains to the end; if interrupted at any time, best/ holds the best weights so far."""
         config, world = self.config, self.world
-        if self.finished:
-            return
         self.begun, self.first_step = time.perf_counter(), self.step  # after the time estimate
         self.updater.choose_micro_batch()
         due, device = self.evaluation_steps(), self.compute.device
         batches = self.batches(self.num_steps, config.data.num_workers, device)
-        self.name_bad(self.splits.bad)
         with (
             contextlib.closing(batches),
             StopRequest(saves=config.keep_checkpoints > 0) as stop,
@@ -327,11 +321,8 @@ class Trainer(Run):
             targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
         augment, own = config.augment, config.batch_size // world.size
         if step < round(augment.mix_until * self.num_steps):
-            images, targets = mix(
-                *(images, targets, random),
-                mixup_strength=augment.mixup,
-                cutmix_strength=augment.cutmix,
-            )
+            strengths = {"mixup_strength": augment.mixup, "cutmix_strength": augment.cutmix}
+            images, targets = mix(images, targets, random, **strengths)
         images, targets = images[:own], targets[:own]  # drop the extra image for mixing
         depth = draw_stochastic_depth(self.model, config.batch_size, masks)
         depth = depth[:, world.rank * own : (world.rank + 1) * own]
@@ -339,8 +330,7 @@ class Trainer(Run):
         return images, targets, depth, dropout_seed + world.rank
 
     def expected_seconds(self) -> float | None:
-        """Returns how long the rest of the run takes, by a few gradients of its next batch, which
-        change no bit of the run; None if nothing is left to do."""
+        """Returns how long the rest takes, by a few gradients; None if nothing is left to do."""
         config, device = self.config, self.compute.device
         steps = self.num_steps - self.step
         if self.finished:
@@ -386,9 +376,6 @@ class Trainer(Run):
     def probe(self) -> None:
         """Fits the head to frozen features, which are those of `mixer evaluate`."""
         train, say = self.splits.train, self.report.say
-        if self.finished:
-            return
-        self.name_bad(self.splits.bad)
         asked = "float32" if self.config.precision == "auto" else self.config.precision
         predictor = predictor_of(self, self.model, min(64, max(1, len(train) // 4)), asked)
         with self.report.progress(len(train), "images") as bar:
@@ -458,8 +445,7 @@ class Trainer(Run):
         return {round(epoch * self.steps_per_epoch) for epoch in epochs} | {last}
 
     def evaluate(self) -> bool:
-        """Evaluates, logs the result and saves the best weights, without validation images the
-        latest; returns whether these are the best."""
+        """Evaluates, logs and keeps the weights if they are the best; returns whether they are."""
         config, validation = self.config, self.splits.validation
         self.note_results(self.updater.results())
         for found in self.world.gather(self.bad):  # images that a process could not decode
@@ -489,8 +475,7 @@ class Trainer(Run):
         text = f"epoch {shown:5.1f}/{total}   loss {loss:.4f}"
         if result is not None:
             epoch = round(self.step / self.steps_per_epoch, 3)
-            values: dict[str, float] = {"epoch": epoch, "step": self.step}
-            values["training_loss"] = round(loss, 6)
+            values = {"epoch": epoch, "step": self.step, "training_loss": round(loss, 6)}
             values |= {f"validation_{name}": round(value, 6) for name, value in figures.items()}
             values |= {"seconds": round(self.seconds, 1), "best": int(is_best)}
             self.folder.log_evaluation(values)
