@@ -87,14 +87,12 @@ class Classifier(Protocol):
     """Anything with logits and a description of them: an `ImageClassifier` or an exported file,
     which takes pixels as well, has no weights and runs on the CPU."""
 
-    @property
-    def config(self) -> Any: ...
+    config: Any
+    preprocessing: Preprocessing | None
+    decision: Decision
+
     @property
     def class_names(self) -> list[str] | None: ...
-    @property
-    def preprocessing(self) -> Preprocessing | None: ...
-    @property
-    def decision(self) -> Decision: ...
     @property
     def source(self) -> str | None: ...
     @property

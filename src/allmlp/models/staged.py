@@ -32,7 +32,7 @@ EPSILON = 1e-5
 Window = tuple[int, int, int]  # kernel, stride and padding of a convolution
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     """An MLP over the channels: two dense layers with an exact GELU in between."""
 
     before_gelu: ClassVar[str] = "fc1"  # for inference with packed weights
@@ -42,9 +42,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.gelu = nn.GELU()
         self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., out)
-        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class Fusion(nn.Module):

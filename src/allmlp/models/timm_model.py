@@ -9,11 +9,10 @@ Shapes: N batch, C features, H W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -142,30 +141,18 @@ def build_backbone(config: TimmConfig) -> nn.Module:
     if torch.get_default_device().type != "meta":
         return _built(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        with _parameters_on_meta():
+        with register_module_parameter_registration_hook(_to_meta):
             model = _built(config)
         if any(buffer.is_meta for buffer in model.buffers()):  # also created on meta
             model = _built(config)
-            with _parameters_on_meta():
-                for module in model.modules():
-                    for name, parameter in list(module.named_parameters(recurse=False)):
-                        module.register_parameter(name, parameter)
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    module.register_parameter(name, _to_meta(module, name, parameter))
     return model
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter registered inside the block to the meta device."""
-
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    hook: Any = to_meta  # torch's types do not allow returning another parameter
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
 
 def _built(config: TimmConfig) -> nn.Module:
