@@ -19,13 +19,7 @@ from torch import Tensor
 from allmlp.data.source import ImageFiles
 from allmlp.data.transforms import model_input, normalize
 from allmlp.errors import UserError
-from allmlp.inspection.units import (
-    Floats,
-    ModelUnits,
-    TokenMixingLayer,
-    patch_grid,
-    stem_convolution,
-)
+from allmlp.inspection.units import Floats, ModelUnits, TokenMixingLayer, stem_convolution
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import (
@@ -172,7 +166,7 @@ def occlusion(
 def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
     """Patches per column, per row, and (height, width) of a patch (one step of the stem)."""
     stem = stem_convolution(model) if isinstance(model, ImageClassifier) else None
-    grid = patch_grid(model)
+    grid = getattr(model.config, "grid", None)
     height, width = model.config.image_size
     if stem is not None:
         down, right = int(stem.stride[0]), int(stem.stride[1])

@@ -17,7 +17,7 @@ from torch import nn
 
 from allmlp.errors import UserError
 from allmlp.models.catalog import config_to_json
-from allmlp.models.layers import Classifier, ImageClassifier
+from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
 OPPOSITE = -0.8  # units with a correlation below this are opposites
@@ -249,7 +249,7 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     """Returns the units of all modules named `token_mixing` and of the stem, for any family."""
     named = model.named_modules()
     modules = [pair for pair in named if pair[0].rpartition(".")[2] == "token_mixing"]
-    family, grid = type(model).__name__, patch_grid(model)
+    family, grid = type(model).__name__, getattr(model.config, "grid", None)
     layers: list[TokenMixingLayer] = []
     not_drawn: dict[str, list[str]] = {}
     for number, (path, module) in enumerate(modules, start=1):
@@ -258,16 +258,16 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
         if weights is None or grid is None or weights[0].shape[1] != math.prod(grid):
             reason = "a unit does not read one value per patch, in all channels alike"
             not_drawn.setdefault(reason, []).append(str(number))
-        elif not np.isfinite(weights[0]).all():
+            continue
+        incoming, outgoing = weights
+        if not np.isfinite(incoming).all():
             not_drawn.setdefault("some weights are not finite", []).append(str(number))
-        else:
-            incoming, outgoing = weights
-            written = None
-            is_grid = outgoing.shape == incoming.shape[::-1] and not is_map  # (S, U)
-            if is_grid and np.isfinite(outgoing).all():
-                written = outgoing.T.reshape(-1, *grid)
-            maps = incoming.reshape(-1, *grid)
-            layers.append(TokenMixingLayer(number, path, maps, written, is_map))
+            continue
+        is_grid = outgoing.shape == incoming.shape[::-1] and not is_map  # (S, U)
+        is_drawn = is_grid and np.isfinite(outgoing).all()
+        written = outgoing.T.reshape(-1, *grid) if is_drawn else None
+        maps = incoming.reshape(-1, *grid)
+        layers.append(TokenMixingLayer(number, path, maps, written, is_map))
     notes = [
         f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)} not drawn: {reason}"
         for reason, numbers in not_drawn.items()
@@ -306,18 +306,10 @@ def _dense_weights(
     return _array(first)[: second.shape[1]], _array(second)
 
 
-def patch_grid(model: Classifier) -> tuple[int, int] | None:
-    """Returns (G_H, G_W), or None for a model without a grid of patches."""
-    grid = getattr(model.config, "grid", None)
-    return (int(grid[0]), int(grid[1])) if isinstance(grid, tuple) and len(grid) == 2 else None
-
-
 def stem_convolution(model: ImageClassifier) -> nn.Conv2d | None:
     """Returns the first convolution that reads the image: the patch embedding."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels == model.config.in_channels:
-            return module
-    return None
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next((one for one in convolutions if one.in_channels == model.config.in_channels), None)
 
 
 def _array(weight: torch.Tensor) -> Floats:
