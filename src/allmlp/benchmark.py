@@ -321,10 +321,8 @@ class _Timed:
         synchronize(self.device)
 
     def warm_up(self, size: int) -> None:
-        """Prepares a batch, compiles, allocates memory, and measures the memory of a step.
-
-        Raises MemoryError if it will not fit, extrapolating from the last, smaller batch.
-        """
+        """Compiles, allocates and measures the memory of a step; MemoryError if a batch will not
+        fit, extrapolating from the last, smaller one."""
         for point in self.row.points[-1:]:
             needed = (point.step_memory_bytes or 0) * size / point.batch_size
             self._check_memory(f"{size:,} images would take about", needed)
@@ -359,11 +357,8 @@ class _Timed:
 def _measure(
     found: Benchmark, given: Mapping[str, Given], optimizer: Optimizer, progress: Progress
 ) -> None:
-    """Measures the models, and the machine's peak before and after.
-
-    Models take turns at each batch size, so that background load affects all of them alike. A model
-    that fails records the error; the others continue.
-    """
+    """Measures the models, in turns, so that background load affects all of them alike, and the
+    machine's peak before and after."""
     options, timed = found.options, list[_Timed]()
 
     def build(row: ModelBenchmark) -> None:
@@ -417,10 +412,8 @@ def _measure(
 
 @contextlib.contextmanager
 def _attempt(row: ModelBenchmark) -> Iterator[None]:
-    """Records the time that the block takes, and any error except a `UserError`.
-
-    Running out of memory after a smaller batch was measured only ends the model's sweep.
-    """
+    """Records a block's time, and any error but a `UserError`; running out of memory after a
+    smaller batch was measured only ends the sweep."""
     begin = time.perf_counter()
     try:
         yield
@@ -492,11 +485,7 @@ def measure_peak(device: torch.device, precision: str) -> tuple[float, tuple[int
 
 
 def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
-    """Runs `act` and returns the peak memory growth in bytes; None if unknown.
-
-    On a GPU, torch's allocations; on a CPU, the peak resident set, which Linux can reset, after
-    the allocator has returned its free memory.
-    """
+    """Runs `act` and returns the peak growth in bytes, see `_MEMORY`; None if unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -505,6 +494,7 @@ def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
+    # Else the step would take memory that the process has freed and not returned.
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not Linux

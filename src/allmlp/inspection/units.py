@@ -20,7 +20,7 @@ from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
-OPPOSITE = -0.8  # units with a correlation below this are opposites
+OPPOSITE = -0.8  # the "opposite_share" of units has a correlation with another below this
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Floats = NDArray[np.float64]
@@ -44,11 +44,7 @@ class UnitMeasures:
         return np.isnan(self.frequency)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the distributions over units; None if no unit has a value.
-
-        "opposite_share" is the fraction of units whose correlation with another is below
-        `OPPOSITE`.
-        """
+        """Returns the distributions over units; None if no unit has a value."""
         known = self.partner_correlation[~np.isnan(self.partner_correlation)]
         return {
             "units": len(self.frequency),
@@ -79,11 +75,8 @@ def measure_units(units: ArrayLike) -> UnitMeasures:
 
 
 def spatial_frequency(units: ArrayLike) -> Floats:
-    """Returns each unit's spectral centroid in cycles per grid step, 0 to sqrt(1/2).
-
-    The mean of |f| over the 2-D discrete Fourier transform, weighted by its power |F|^2, where
-    f = (f_y, f_x), each on [-1/2, 1/2]. The mean (f = 0) is included: a constant has frequency 0.
-    """
+    """Returns each unit's mean |f| over its 2-D Fourier transform, weighted by power, in cycles per
+    grid step: 0 for a constant, at most sqrt(1/2)."""
     values = _scaled(units)
     height, width = values.shape[1:3]
     power = _over_channels(np.abs(np.fft.fft2(values, axes=(1, 2))) ** 2)
@@ -93,10 +86,8 @@ def spatial_frequency(units: ArrayLike) -> Floats:
 
 
 def locality(units: ArrayLike) -> Floats:
-    """Returns the fraction of each unit's energy in its best window of half the grid's sides.
-
-    1 for a point; `window_fraction` for a constant, 1/4 if both sides are even.
-    """
+    """Returns the fraction of each unit's energy in its best window of half the grid's sides: 1 for
+    a point, `window_fraction` for a constant."""
     energy = _over_channels(_scaled(units) ** 2)
     window = _window(energy.shape[1:3])
     inside = np.lib.stride_tricks.sliding_window_view(energy, window, axis=(1, 2))
@@ -106,10 +97,8 @@ def locality(units: ArrayLike) -> Floats:
 
 
 def correlations(units: ArrayLike) -> Floats:
-    """Returns u . v / (|u| |v|) for all pairs of units, (U, U); 0 for all-zero units.
-
-    The mean is not removed, so -1 means an inverse even if both are constant.
-    """
+    """Returns u . v / (|u| |v|) for all pairs of units, (U, U); 0 for all-zero units. The mean is
+    not removed, so -1 means an inverse even if both are constant."""
     values = _scaled(units)
     values = values.reshape(len(values), -1)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
@@ -118,12 +107,8 @@ def correlations(units: ArrayLike) -> Floats:
 
 
 def pair_opposites(units: ArrayLike) -> Integers:
-    """Returns the order of figure 5: by frequency, each unit followed by its nearest inverse.
-
-    Greedy, without repetition: next comes the remaining unit of lowest frequency, followed by the
-    remaining unit with the most negative correlation to it. All-zero units come last. If the number
-    is odd, the last unit has no partner.
-    """
+    """Returns the order of figure 5: the remaining unit of lowest frequency, then the remaining one
+    with the most negative correlation to it, and so on; all-zero units come last."""
     values = _scaled(units)
     is_zero, table = _zero_units(values), _opposites_table(values)
     order: list[int] = []
