@@ -68,7 +68,7 @@ def test_occlusion_finds_the_patch(place):
     ("size", "side", "last"), [(16, 1, (3, 3)), (56, 3, (11, 11)), ((64, 180), 3, (13, 42))]
 )
 def test_windows_cover_every_patch(size, side, last):
-    window, places = occlusion_places(tiny_model(image_size=size))
+    window, places, _ = occlusion_places(tiny_model(image_size=size))
     assert (window, tuple(places[-1, -1])) == (side, last)
     assert (np.diff(places[:, 0, 0]) <= side).all()
     assert (np.diff(places[0, :, 1]) <= side).all()

@@ -140,8 +140,7 @@ def occlusion(
 ) -> Occlusion:
     """Returns the drop in predicted probability under a sliding grey window (Zeiler and Fergus
     2014). `on_batch` is called with the number of covered images."""
-    window, places = occlusion_places(model)
-    rows, columns, (down, right) = _occlusion_grid(model)
+    window, places, (down, right) = occlusion_places(model)
     whole = _probabilities(model, image)[0]
     label = int(whole.argmax())
     grey = normalize(torch.full(tuple(image[:1].shape), 127.5), preprocessing_of(model))
@@ -155,7 +154,7 @@ def occlusion(
         parts.append(whole[label] - _probabilities(model, covered)[:, label])
         on_batch(len(part))
     drop = np.concatenate(parts).reshape(places.shape[:2])
-    total, count = np.zeros((rows, columns)), np.zeros((rows, columns))
+    total, count = np.zeros((2, image.shape[2] // down, image.shape[3] // right))
     for (top, left), value in zip(places.reshape(-1, 2), drop.ravel(), strict=True):
         total[top : top + window, left : left + window] += value
         count[top : top + window, left : left + window] += 1
@@ -163,8 +162,10 @@ def occlusion(
     return Occlusion(label, name, float(whole[label]), drop, places, total / count, window)
 
 
-def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
-    """Patches per column, per row, and (height, width) of a patch (one step of the stem)."""
+def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64], tuple[int, int]]:
+    """Returns the window's side, a fifth of the grid's shorter side; all window positions (rows,
+    columns, 2), a third of that apart, the last ones moved inwards to cover every patch; and
+    (height, width) of a patch, one step of the stem."""
     stem = stem_convolution(model) if isinstance(model, ImageClassifier) else None
     grid = getattr(model.config, "grid", None)
     height, width = model.config.image_size
@@ -174,17 +175,11 @@ def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
         down, right = height // grid[0], width // grid[1]
     else:
         raise UserError(f"{type(model).__name__} has no patches that a window could cover")
-    return height // down, width // right, (down, right)
-
-
-def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64]]:
-    """Returns the window's side, a fifth of the grid's shorter side, and all window positions
-    (rows, columns, 2), a third of that apart; the last ones move inwards to cover every patch."""
-    rows, columns, _ = _occlusion_grid(model)
+    rows, columns = height // down, width // right
     window = max(1, round(min(rows, columns) / 5))
     ends = (rows - window, columns - window)
     tops, lefts = (np.unique([*range(0, end, max(1, window // 3)), end]) for end in ends)
-    return window, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
+    return window, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1), (down, right)
 
 
 @torch.inference_mode()

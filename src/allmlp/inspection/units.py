@@ -112,19 +112,17 @@ def pair_opposites(units: ArrayLike) -> Integers:
     values = _scaled(units)
     is_zero, table = _zero_units(values), _opposites_table(values)
     order: list[int] = []
-    is_placed = np.zeros(len(values), dtype=bool)
+    is_left = np.ones(len(values), dtype=bool)
     for first in np.lexsort((spatial_frequency(values), is_zero)):
-        if is_placed[first]:
+        if not is_left[first]:
             continue
-        is_placed[first] = True
-        order.append(int(first))
-        if is_placed.all():
-            break
-        second = int(np.where(is_placed, np.inf, table[first]).argmin())
-        if is_placed[second]:  # only zero units are left
-            second = int(np.flatnonzero(~is_placed)[0])
-        is_placed[second] = True
-        order.append(second)
+        is_left[first] = False
+        order.append(first)
+        left = np.flatnonzero(is_left)
+        if len(left):
+            second = left[table[first, left].argmin()]
+            is_left[second] = False
+            order.append(second)
     return np.array(order, dtype=np.int64)
 
 
@@ -136,13 +134,10 @@ def window_fraction(grid: tuple[int, int]) -> float:
 
 def _distribution(values: Floats) -> dict[str, Any]:
     known = values[~np.isnan(values)]
-    if not len(known):
-        return {"mean": None, "quantiles": {f"{q:g}": None for q in QUANTILES}}
-    quantiles = np.quantile(known, QUANTILES)
-    return {
-        "mean": float(known.mean()),
-        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-    }
+    mean = float(known.mean()) if len(known) else None
+    quantiles = np.quantile(known, QUANTILES).tolist() if len(known) else [None] * len(QUANTILES)
+    named = {f"{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+    return {"mean": mean, "quantiles": named}
 
 
 def _window(grid: tuple[int, ...]) -> tuple[int, int]:
