@@ -100,16 +100,11 @@ def unit_responses(
 
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
-    """Returns the response maps of a layer's units from its activations for an image: the
-    normalised tokens y, (C, S), and h, (C, U).
+    """Returns the response maps of a layer's units from the normalised tokens y, (C, S), and the
+    activations h, (C, U), of an image; docs/inspection.md derives them.
 
-    Unit u has in channel c the pre-activation a[c] = sum_s w[u, s] y[c, s] + b[u] and the
-    activation h[c] = GELU(a[c]). For each patch s:
-
-        read     w[u, s] * sum_c h[c] y[c, s]: the contribution of the patch, positive where it
-                 excites the unit. The sum over all patches is sum_c h[c] (a[c] - b[u]).
-        written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c]^2): the
-                 norm, over channels, of what the unit adds to the token.
+        read     w[u, s] * sum_c h[c, u] y[c, s], with incoming weights w
+        written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c, u]^2)
     """
     grid = layer.incoming.shape[1:]
     read = layer.incoming * (activation.T @ tokens).reshape(-1, *grid)  # (U, G_H, G_W)

@@ -69,11 +69,10 @@ class SiluGate(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each with pre-LayerNorm and a skip connection.
 
-    The output bias of token mixing changes no logit, and its gradient is pure rounding noise: it
-    adds the same number to all channels of a token, and everything that reads the tokens, the last
-    LayerNorm included, subtracts the mean over channels. It exists because the paper's code and
-    Google's files have it; inference with packed weights skips it. (The shortcut of a pyramid mixes
-    these numbers across tokens, never across channels. It matters in untied, grouped and views.)
+    The output bias of token mixing changes no logit, and its gradient is rounding noise: it adds
+    the same number to all channels of a token, and every LayerNorm subtracts the mean over channels
+    (not so in untied, grouped and views). It exists because the paper's code and Google's files
+    have it; inference with packed weights skips it.
 
     The index is that of the block, from 0; `drops` are the stochastic depth of both branches.
     """
@@ -120,18 +119,13 @@ class MlpMixer(PatchClassifier):
         return [self.get_parameter(name) for name in names] if is_shared else []
 
 
-# --- Appendix A.1, "Things that did not help" -----------------------------------------------------
+# --- Appendix A.1, "Things that did not help"; see `MixerConfig` and docs/ablations.md ------------
 #
-#     untied    a token-mixing MLP for each of the C channels instead of one for all
-#     grouped   G neighbouring channels are one vector of G * S numbers: the MLP sees them together
-#     views     as grouped, but on C learned features: G linear maps from C to C / G, whose g-th
-#               outputs are laid out like the G channels of a group
-#     pyramid   token mixing in selected blocks maps S tokens to S' < S
-#
-# Our choices where the paper is silent: D_S is that of the configuration; the maps of the views
-# have no bias; views are undone as groups are, without a second map; the skip connection of a block
-# that reduces the tokens is a linear map over the tokens without bias, like the projection shortcut
-# of a ResNet (He et al. 2016).
+# Views are G linear maps from C to C / G, whose g-th outputs are laid out like the G channels of a
+# group. Our choices where the paper is silent: D_S is that of the configuration; the maps of the
+# views have no bias; views are undone as groups are, without a second map; the skip connection of a
+# block that reduces the tokens is a linear map over the tokens without bias, like the projection
+# shortcut of a ResNet (He et al. 2016).
 
 
 class UntiedLinear(nn.Module):
