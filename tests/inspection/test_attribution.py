@@ -118,10 +118,8 @@ def test_response_maps_of_a_model(size):
     torch.nn.init.normal_(mixing.dense_0.bias)
     image = torch.randn(1, 3, *model.config.image_size, generator=torch.Generator().manual_seed(1))
     seen = {}
-    hooks = [
-        mixing.dense_0.register_forward_hook(lambda _, __, out: seen.update(drive=out)),
-        mixing.register_forward_hook(lambda _, __, out: seen.update(mixed=out)),
-    ]
+    mixing.dense_0.register_forward_hook(lambda _, __, out: seen.update(drive=out))
+    mixing.register_forward_hook(lambda _, __, out: seen.update(mixed=out))
     with torch.no_grad():
         model(image)
         drive, mixed = seen["drive"][0].double(), seen["mixed"][0].clone()
@@ -133,8 +131,6 @@ def test_response_maps_of_a_model(size):
         mixing.dense_1.weight[:, unit] = 0
         model(image)
         change = (mixed - seen["mixed"][0]).norm(dim=0).view(model.config.grid)
-    for hook in hooks:
-        hook.remove()
     written = found[unit].written
     assert torch.from_numpy(written).float().sub(change).abs().max() < 1e-5
     assert written.max() > 0.01

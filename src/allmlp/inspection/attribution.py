@@ -101,7 +101,7 @@ def unit_responses(
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
     """Returns the response maps of a layer's units from the normalised tokens y, (C, S), and the
-    activations h, (C, U), of an image; docs/inspection.md derives them.
+    activations h, (C, U), of an image; see docs/inspection.md.
 
         read     w[u, s] * sum_c h[c, u] y[c, s], with incoming weights w
         written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c, u]^2)
