@@ -1,17 +1,11 @@
 """Trained weights at another image size: the paper's block-diagonal growth, and resampling.
 
-The weights of a token-mixing MLP are images on the patch grid: a hidden unit has an image of
-incoming and one of outgoing weights.
+block-diagonal  each of K_h x K_w tiles of the old size gets a copy of the old token-mixing MLP
+                (section 3 and appendix C of the paper; both sides grow by integer factors)
+resample        any size: W_0 A, B W_1, B b_1, where A and B resize the tokens from the new grid to
+                the old one and back, with rows that sum to one; D_S does not change
 
-block-diagonal  (section 3 and appendix C of the paper; both sides grow by integer factors)
-    The image is cut into K_h x K_w tiles of the old size, each with its own copy of the old
-    token-mixing MLP: logits(large image) = mean over its tiles of the old logits(tile). Tokens are
-    row-major over the whole grid, not tile by tile, so the blocks are permuted.
-
-resample  (any size, larger or smaller; D_S does not change)
-    token mixing(x) = B . old token mixing(A . x), where A and B resize the tokens from the new grid
-    to the old one and back. Both are linear maps whose rows sum to one, folded into the weights:
-    W_0 A, B W_1, B b_1. Constant images excite the hidden units exactly as before.
+docs/weights.md says what each preserves.
 
 Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
 """

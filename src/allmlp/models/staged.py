@@ -5,9 +5,8 @@
     between   a strided convolution to the next stage's grid and width   (N, H_i, W_i, C_i)
     end       LayerNorm, mean over positions, head
 
-Token mixing has three branches: along the height, along the width, and over the channels. Their
-weights per channel are a softmax computed from the whole image (`Fusion`). The two families differ
-in how the branches mix.
+Token mixing has three branches (`Fusion`): along the height, along the width, and over the
+channels. The two families differ in how the first two mix.
 
 Tensor names and shapes are those of the authors' code, so that their files load unchanged
 (ShoufaChen/CycleMLP, Andrew-Qibin/VisionPermutator): `patch_embed.proj`, `network.N.B...`, `norm`,
