@@ -304,6 +304,20 @@ def infer_patches(
     }
 
 
+def infer_maps(
+    config: type[Any], tokens: str, hidden: str, field: str
+) -> Callable[[Shapes, Size | None, Size | None], Any]:
+    """Returns `Family.infer` for one dense layer over the tokens per block, "blocks.0.TOKENS", and
+    one, "blocks.0.HIDDEN", whose outputs are counted by a field of the configuration."""
+
+    def infer(shapes: Shapes, written: Size | None, asked: Size | None) -> Any:
+        num_tokens, _ = shape_of(shapes, f"blocks.0.{tokens}.weight", 2)
+        width, _ = shape_of(shapes, f"blocks.0.{hidden}.weight", 2)
+        return config(**{field: width}, **infer_patches(shapes, num_tokens, written, asked))
+
+    return infer
+
+
 def count_classes(shapes: Shapes) -> int:
     """Returns the number of outputs of the head, 0 without a head; for `Family.infer`."""
     has_head = "head.weight" in shapes or "head.bias" in shapes
