@@ -112,7 +112,7 @@ def timm_config(name: str) -> TimmConfig:
         raise UserError(what, fix=fix)
     import_timm()
     if name in HAND_BUILT:
-        return TimmConfig(name=name, image_size=HAND_BUILT[name].image_size)
+        return TimmConfig(name=name, image_size=HAND_BUILT[name][0])
     return TimmConfig(name=name, image_size=tuple(known_to_timm(name).input_size[1:]))
 
 
@@ -164,7 +164,8 @@ def _built(config: TimmConfig) -> nn.Module:
     own = None if name in HAND_BUILT else known_to_timm(name)
     try:
         if own is None:
-            return HAND_BUILT[name].build(**settings)
+            _, build = HAND_BUILT[name]
+            return build(**settings)
         model = timm.create_model(name, **settings)
         if own.fixed_input_size and size != tuple(own.input_size[1:]):
             if not hasattr(model, "set_input_size"):
@@ -229,11 +230,6 @@ def first_line(error: BaseException) -> str:
 # --- sizes of the paper's comparison systems that timm does not register, built from its parts ---
 
 
-class HandBuilt(NamedTuple):
-    image_size: Size  # as in the source
-    build: Callable[..., nn.Module]  # takes timm's settings: num_classes, in_chans, drop_rate, ...
-
-
 def _bit(layers: tuple[int, ...], width: int, **settings: Any) -> nn.Module:
     """BiT's ResNet-v2 (Kolesnikov et al. 2020), built as timm builds the registered sizes."""
     resnetv2 = importlib.import_module("timm.models.resnetv2")
@@ -274,12 +270,13 @@ def _halonet_h4(**settings: Any) -> nn.Module:
     return byobnet.ByobNet(config, **settings)
 
 
-HAND_BUILT: dict[str, HandBuilt] = {
-    "bit_r50x2": HandBuilt((224, 224), partial(_bit, (3, 4, 6, 3), 2)),
-    "bit_r152x1": HandBuilt((224, 224), partial(_bit, (3, 8, 36, 3), 1)),
-    "bit_r200x3": HandBuilt((224, 224), partial(_bit, (3, 24, 36, 3), 3)),
-    "nfnet_f4_plus": HandBuilt((512, 512), _nfnet_f4_plus),
-    "halonet_h4": HandBuilt((384, 384), _halonet_h4),
+# The source's image size, and a function of timm's settings: num_classes, in_chans, drop_rate, ...
+HAND_BUILT: dict[str, tuple[Size, Callable[..., nn.Module]]] = {
+    "bit_r50x2": ((224, 224), partial(_bit, (3, 4, 6, 3), 2)),
+    "bit_r152x1": ((224, 224), partial(_bit, (3, 8, 36, 3), 1)),
+    "bit_r200x3": ((224, 224), partial(_bit, (3, 24, 36, 3), 3)),
+    "nfnet_f4_plus": ((512, 512), _nfnet_f4_plus),
+    "halonet_h4": ((384, 384), _halonet_h4),
 }
 
 
