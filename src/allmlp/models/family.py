@@ -61,11 +61,6 @@ class ModelConfig:
         """
         raise NotImplementedError
 
-    @property
-    def widest(self) -> int | None:
-        """Number of values in the largest activation of one image; None if unknown."""
-        return None
-
     def summary(self) -> str:
         """Returns a short description: "12 layers, patch 16, 768 channels"."""
         raise NotImplementedError

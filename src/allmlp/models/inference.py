@@ -72,6 +72,7 @@ class Inference:
         self._network = model
         if self.packed:
             self._network = pack(model, precision)
+            # Values in the largest activation of an image; not every family knows.
             if widest := getattr(model.config, "widest", None):
                 width = 2 if precision == "bfloat16" else 4
                 self.most = max(1, LARGEST_ACTIVATION // (widest * width))
