@@ -6,7 +6,7 @@ Shapes: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.
 def unit_responses(
     model: ImageClassifier, units: ModelUnits, image: Tensor, layer: int
 ) -> list[UnitResponse]:
-    """Returns the responses of all units of a token-mixing MLP (from 1) to a model input."""
+    """Returns how the units of a token-mixing MLP (from 1) respond to a model input."""
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
     inputs: list[Tensor] = []  # to the two dense layers: y (1, C, S) and h (1, C, U)
@@ -101,7 +101,7 @@ def unit_responses(
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
     """Returns the response maps of a layer's units from the normalised tokens y, (C, S), and the
-    activations h, (C, U), of an image; see docs/inspection.md.
+    activations h, (C, U), of an image (docs/inspection.md), largest energy of `written` first.
 
         read     w[u, s] * sum_c h[c, u] y[c, s], with incoming weights w
         written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c, u]^2)
@@ -113,17 +113,9 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
     if layer.outgoing is not None:
         written = np.abs(layer.outgoing) * strength[:, None, None]
     columns = zip(layer.incoming, read, written, strength.tolist(), strict=True)
-    return [UnitResponse(layer.number, unit, *values) for unit, values in enumerate(columns)]
-
-
-def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
-    """Returns the units that add most to the tokens: largest energy of `written` first."""
-
-    def size(response: UnitResponse) -> float:
-        written = response.written
-        return response.strength if written is None else float(np.linalg.norm(written))
-
-    return sorted(responses, key=size, reverse=True)[:most]
+    units = [UnitResponse(layer.number, unit, *values) for unit, values in enumerate(columns)]
+    size = [one.strength if one.written is None else np.linalg.norm(one.written) for one in units]
+    return sorted(units, key=lambda one: size[one.unit], reverse=True)
 
 
 def occlusion(

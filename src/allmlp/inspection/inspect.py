@@ -19,7 +19,6 @@ from allmlp.inspection.attribution import (
     occlusion,
     occlusion_places,
     read_image,
-    strongest,
     unit_responses,
 )
 from allmlp.inspection.figures import occlusion_figure, response_figure, weight_figures
@@ -100,8 +99,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         net = to_device(net, None if stays else options.device)
         image, pixels = read_image(options.image, net)
         for layer in [layer for layer in units.layers if not layer.are_tokens][:FIRST_LAYERS]:
-            found_units = unit_responses(net, units, image, layer.number)
-            responses += strongest(found_units, STRONGEST)
+            responses += unit_responses(net, units, image, layer.number)[:STRONGEST]
         count = occlusion_places(net)[1][..., 0].size
         with Reporter().progress(count, "covered images") as bar:
             covered = occlusion(net, image, on_batch=bar.advance)
