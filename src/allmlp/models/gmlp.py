@@ -118,7 +118,7 @@ FAMILY = Family(
     config=GMLPConfig,
     build=GMLP,
     architectures=named(GMLPConfig, "hidden_dim mlp_dim", _SHAPES, patch_size=16, num_blocks=30),
-    resize=resize_maps("blocks.{}.mlp.gate.token_mixing"),
+    resize=resize_maps("mlp.gate.token_mixing"),
     marker=r"blocks\.\d+\.mlp\.gate\.",
     infer=infer_maps(GMLPConfig, "mlp.gate.token_mixing", "mlp.dense_0", "mlp_dim"),
     names=(

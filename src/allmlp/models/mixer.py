@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -324,15 +323,15 @@ def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
     return f"{grown} ({config.variant})" if config.variant else grown
 
 
-def token_weights(config: MixerConfig) -> Iterator[Weight]:
-    """Returns the weights that depend on the number of tokens, see `resize_tokens`."""
+def token_weights(config: MixerConfig) -> list[Weight]:
+    """Returns the weights of a block that depend on the number of tokens, see `resize_tokens`."""
     read = (2 if config.gated else 1, config.tokens_mlp_dim)
-    for index in range(config.num_blocks):
-        name = f"blocks.{index}.token_mixing"
-        yield f"{name}.dense_0.weight", (read, TOKENS)
-        yield f"{name}.dense_0.bias", (read,)
-        yield f"{name}.dense_1.weight", (TOKENS, (1, config.tokens_mlp_dim))
-        yield f"{name}.dense_1.bias", (TOKENS,)
+    return [
+        ("token_mixing.dense_0.weight", (read, TOKENS)),
+        ("token_mixing.dense_0.bias", (read,)),
+        ("token_mixing.dense_1.weight", (TOKENS, (1, config.tokens_mlp_dim))),
+        ("token_mixing.dense_1.bias", (TOKENS,)),
+    ]
 
 
 def _resize(
@@ -343,7 +342,7 @@ def _resize(
         what = f"this variant ({old.summary()}) cannot be brought to another image size"
         fix = "Only the paper's own token mixing has a rule for that; train it at that size"
         raise UserError(what, fix=fix)
-    tiles, words = resize_tokens(tensors, list(token_weights(old)), old, new, method)
+    tiles, words = resize_tokens(tensors, token_weights(old), old, new, method)
     return replace(new, tokens_mlp_dim=tiles * old.tokens_mlp_dim), words
 
 

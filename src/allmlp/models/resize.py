@@ -55,12 +55,14 @@ def resize_tokens(
     """Resizes weights that depend on the tokens to the image size of `new`, in place; `old` and
     `new` are a `PatchConfig`. Returns the number of tiles (1 if resampled) and a description.
 
-    `weights` are names and what their axes are: `TOKENS`, or (g, D) for g * D hidden units, of
-    which every tile gets D in each of the g groups. `interpolation` is for resampling; "bilinear"
-    and "bicubic" are antialiased.
+    `weights` are names inside of a block and what their axes are: `TOKENS`, or (g, D) for g * D
+    hidden units, of which every tile gets D in each of the g groups. `interpolation` is for
+    resampling; "bilinear" and "bicubic" are antialiased.
     """
     factors = whole_factors(old.grid, new.grid, method)
     tiles = math.prod(factors or (1,))
+    blocks = range(old.num_blocks)
+    weights = [(f"blocks.{index}.{name}", axes) for index in blocks for name, axes in weights]
     lengths = [
         [new.num_tokens if axis == TOKENS else tiles * math.prod(axis) for axis in axes]
         for _, axes in weights
@@ -80,13 +82,10 @@ def resize_tokens(
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
-    """Returns `Family.resize` for one dense layer over the tokens per block: "blocks.{}.NAME"."""
+    """Returns `Family.resize` for one dense layer over the tokens per block."""
+    weights: list[Weight] = [(f"{name}.weight", (TOKENS, TOKENS)), (f"{name}.bias", (TOKENS,))]
 
     def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:
-        weights: list[Weight] = []
-        for index in range(old.num_blocks):
-            weights.append((f"{name.format(index)}.weight", (TOKENS, TOKENS)))
-            weights.append((f"{name.format(index)}.bias", (TOKENS,)))
         return new, resize_tokens(tensors, weights, old, new, method)[1]
 
     return resize
