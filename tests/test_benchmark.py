@@ -171,10 +171,7 @@ def test_a_table_and_a_file(capsys, saved, tmp_path, trained):
     values = read_measurement(target)
     assert [row["name"] for row in values["models"]] == [str(saved), str(run)]
     assert [row["model"]["source"] for row in values["models"]] == [str(saved), str(run)]
-
-
-def test_a_path_instead_of_a_name(saved):
-    assert quick(saved).to_json()["models"][0]["name"] == str(saved)
+    assert quick(saved).to_json()["models"][0]["name"] == str(saved)  # not a list of names
 
 
 def test_the_command_fails_if_nothing_was_measured(capsys, saved, monkeypatch):

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from allmlp.models.family import ModelConfig, Shapes, Size, count_blocks, count_classes, shape_of
 from allmlp.models.layers import ImageClassifier, StochasticDepth
 
-EPSILON = 1e-5
 Window = tuple[int, int, int]  # kernel, stride and padding of a convolution
 
 
@@ -75,10 +74,10 @@ class Block(nn.Module):
 
     def __init__(self, fusion: Fusion, dim: int, hidden: int, drop: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = fusion
         self.drop_0 = StochasticDepth(drop)
-        self.norm2 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden, dim)
         self.drop_1 = StochasticDepth(drop)
 
@@ -121,7 +120,7 @@ class StagedClassifier(ImageClassifier):
             parts.append(nn.Sequential(*blocks))
         self.patch_embed = parts[0]
         self.network = nn.ModuleList(parts[1:])
-        self.norm = nn.LayerNorm(channels, eps=EPSILON)
+        self.norm = nn.LayerNorm(channels)
         self.head = nn.Linear(channels, config.num_classes) if config.num_classes else None
         if not self.norm.weight.is_meta:
             self.initialize()
