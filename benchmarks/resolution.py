@@ -86,7 +86,7 @@ def resampled(run: str, size: int, interpolation: str):
     model = am.load_model(run, quiet=True)
     config = dataclasses.replace(model.config, image_size=(size, size))
     tensors = dict(model.state_dict())
-    weights = list(token_weights(model.config))
+    weights = token_weights(model.config)
     resize_tokens(tensors, weights, model.config, config, "resample", interpolation)
     grown = model_from_config(config)
     grown.load_state_dict(tensors)

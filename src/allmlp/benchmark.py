@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,13 +93,6 @@ class Point:
     @property
     def relative_spread(self) -> float:
         return (self.spread[1] - self.spread[0]) / self.images_per_second
-
-
-class Peak(NamedTuple):
-    """The highest matmul rate measured."""
-
-    gflops: float  # 1e9 FLOPs per second; a multiply-add counts as two
-    shape: tuple[int, int, int]  # (rows, inputs, outputs) of the fastest matmul
 
 
 @dataclass
@@ -321,9 +314,6 @@ class _Timed:
         timer = Timer("step()", globals={"step": self.step}, num_threads=threads)
         return timer.blocked_autorange(min_run_time=least).mean
 
-    def time_round(self, least: float) -> None:
-        self.rates.append(len(self.images) / self.seconds(least))
-
     def run(self) -> None:
         """Runs one step and synchronizes, with the same threads as a timed step."""
         with step_threads(self.device, self.row.operations(len(self.images))):
@@ -331,10 +321,8 @@ class _Timed:
         synchronize(self.device)
 
     def warm_up(self, size: int) -> None:
-        """Prepares a batch, compiles, allocates memory, and measures the memory of a step.
-
-        Raises MemoryError if it will not fit, extrapolating from the last, smaller batch.
-        """
+        """Compiles, allocates and measures the memory of a step; MemoryError if a batch will not
+        fit, extrapolating from the last, smaller one."""
         for point in self.row.points[-1:]:
             needed = (point.step_memory_bytes or 0) * size / point.batch_size
             self._check_memory(f"{size:,} images would take about", needed)
@@ -369,11 +357,8 @@ class _Timed:
 def _measure(
     found: Benchmark, given: Mapping[str, Given], optimizer: Optimizer, progress: Progress
 ) -> None:
-    """Measures the models, and the machine's peak before and after.
-
-    Models take turns at each batch size, so that background load affects all of them alike. A model
-    that fails records the error; the others continue.
-    """
+    """Measures the models, in turns, so that background load affects all of them alike, and the
+    machine's peak before and after."""
     options, timed = found.options, list[_Timed]()
 
     def build(row: ModelBenchmark) -> None:
@@ -390,7 +375,8 @@ def _measure(
 
     for row in found.models:
         progress(f"{row.name}, building")
-        _attempt(row, build, row)
+        with _attempt(row):
+            build(row)
         row.spent = 0.0  # building does not count against the budget
     progress("the machine's matrix products")
     precisions = {one.row.precision for one in timed}
@@ -400,10 +386,12 @@ def _measure(
             row.ended = _why_to_stop(row, size, options)
         for one in active():
             progress(f"{one.row.name}, batch {size:,}")
-            _attempt(one.row, one.warm_up, size)
+            with _attempt(one.row):
+                one.warm_up(size)
         for _ in range(options.rounds):
             for one in active():
-                _attempt(one.row, one.time_round, options.seconds / options.rounds)
+                with _attempt(one.row):
+                    one.rates.append(size / one.seconds(options.seconds / options.rounds))
         for one in active():
             one.record()
         for one in timed:
@@ -411,7 +399,8 @@ def _measure(
     for one in timed:
         if not one.is_training and one.row.points:
             progress(f"{one.row.name}, latency")
-            _attempt(one.row, _time_latency, one, options.seconds)
+            with _attempt(one.row):
+                _time_latency(one, options.seconds)
     progress("the machine's matrix products")
     peaks = {name: max(peak, measure_peak(found.device, name)) for name, peak in peaks.items()}
     for row in found.models:
@@ -421,14 +410,13 @@ def _measure(
             row.peak = {"gflops": gflops, "shape": shape, "fraction": reached / gflops}
 
 
-def _attempt(row: ModelBenchmark, act: Callable[..., object], *arguments: Any) -> None:
-    """Records the time that a call takes, and any error except a `UserError`.
-
-    Running out of memory after a smaller batch was measured only ends the model's sweep.
-    """
+@contextlib.contextmanager
+def _attempt(row: ModelBenchmark) -> Iterator[None]:
+    """Records a block's time, and any error but a `UserError`; running out of memory after a
+    smaller batch was measured only ends the sweep."""
     begin = time.perf_counter()
     try:
-        act(*arguments)
+        yield
     except UserError:
         raise
     except Exception as error:  # a model may raise anything; the others continue
@@ -482,8 +470,8 @@ def _time_latency(one: _Timed, seconds: float) -> None:
     one.row.latency_ms = {"p50": p50, "p90": p90, "p99": p99, "runs": len(times)}
 
 
-def measure_peak(device: torch.device, precision: str) -> Peak:
-    """Returns the highest rate over several large matmuls, through `F.linear`."""
+def measure_peak(device: torch.device, precision: str) -> tuple[float, tuple[int, int, int]]:
+    """Returns the highest rate of several large `F.linear`, in GFLOP/s, and that one's shape."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     found = []
     for rows, inputs, outputs in _SHAPES[device.type]:
@@ -492,16 +480,12 @@ def measure_peak(device: torch.device, precision: str) -> Peak:
         given = {"F": F, "x": x, "w": w}
         timer = Timer("F.linear(x, w)", globals=given, num_threads=torch.get_num_threads())
         fastest = min(timer.blocked_autorange(min_run_time=_PEAK_SECONDS).times)
-        found.append(Peak(2 * rows * inputs * outputs / fastest / 1e9, (rows, inputs, outputs)))
+        found.append((2 * rows * inputs * outputs / fastest / 1e9, (rows, inputs, outputs)))
     return max(found)
 
 
 def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
-    """Runs `act` and returns the peak memory growth in bytes; None if unknown.
-
-    On a GPU, torch's allocations; on a CPU, the peak resident set, which Linux can reset, after
-    the allocator has returned its free memory.
-    """
+    """Runs `act` and returns the peak growth in bytes, see `_MEMORY`; None if unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -510,6 +494,7 @@ def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
+    # Else the step would take memory that the process has freed and not returned.
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not Linux

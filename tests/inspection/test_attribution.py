@@ -13,7 +13,6 @@ from allmlp.inspection.attribution import (
     occlusion_places,
     read_image,
     responses_of,
-    strongest,
     unit_responses,
 )
 from allmlp.inspection.units import TokenMixingLayer, model_units
@@ -68,7 +67,7 @@ def test_occlusion_finds_the_patch(place):
     ("size", "side", "last"), [(16, 1, (3, 3)), (56, 3, (11, 11)), ((64, 180), 3, (13, 42))]
 )
 def test_windows_cover_every_patch(size, side, last):
-    window, places = occlusion_places(tiny_model(image_size=size))
+    window, places, _ = occlusion_places(tiny_model(image_size=size))
     assert (window, tuple(places[-1, -1])) == (side, last)
     assert (np.diff(places[:, 0, 0]) <= side).all()
     assert (np.diff(places[0, :, 1]) <= side).all()
@@ -96,18 +95,17 @@ def test_no_class_to_explain():
 
 
 def test_response_maps_by_hand():
-    """Two channels, a 1x3 grid, two units."""
-    weights = np.array([[[1.0, 0.0, -2.0]], [[0.0, 3.0, 0.0]]])
-    outgoing = np.array([[[0.0, -1.0, 2.0]], [[0.5, 0.0, 0.0]]])
+    """Two channels, a 1x3 grid, two units, the stronger one first."""
+    weights = np.array([[[0.0, 3.0, 0.0]], [[1.0, 0.0, -2.0]]])
+    outgoing = np.array([[[0.5, 0.0, 0.0]], [[0.0, -1.0, 2.0]]])
     tokens = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (C, S)
-    activation = np.array([[3.0, 1.0], [4.0, -1.0]])  # (C, U)
+    activation = np.array([[1.0, 3.0], [-1.0, 4.0]])  # (C, U)
     first, second = responses_of(TokenMixingLayer(4, "x", weights, outgoing), tokens, activation)
     assert first.read.tolist() == [[1 * (3 * 1 + 4 * 4), 0, -2 * (3 * 3 + 4 * 6)]]
     assert second.read.tolist() == [[0, 3 * (2 - 5), 0]]
     assert first.strength == 5.0
     assert first.written.tolist() == [[0, 5, 10]]
-    assert (second.layer, second.unit) == (4, 1)
-    assert [unit.unit for unit in strongest([second, first], 2)] == [0, 1]
+    assert [(one.layer, one.unit) for one in (first, second)] == [(4, 1), (4, 0)]
 
 
 @pytest.mark.parametrize("size", [8, (8, 12)])
@@ -118,14 +116,13 @@ def test_response_maps_of_a_model(size):
     torch.nn.init.normal_(mixing.dense_0.bias)
     image = torch.randn(1, 3, *model.config.image_size, generator=torch.Generator().manual_seed(1))
     seen = {}
-    hooks = [
-        mixing.dense_0.register_forward_hook(lambda _, __, out: seen.update(drive=out)),
-        mixing.register_forward_hook(lambda _, __, out: seen.update(mixed=out)),
-    ]
+    mixing.dense_0.register_forward_hook(lambda _, __, out: seen.update(drive=out))
+    mixing.register_forward_hook(lambda _, __, out: seen.update(mixed=out))
     with torch.no_grad():
         model(image)
         drive, mixed = seen["drive"][0].double(), seen["mixed"][0].clone()
         found = unit_responses(model, model_units(model), image, 2)
+        found.sort(key=lambda response: response.unit)
         active = nn.functional.gelu(drive, approximate="tanh")
         excess = (active * (drive - mixing.dense_0.bias.double())).sum(dim=0)
         assert [unit.read.sum() for unit in found] == pytest.approx(excess.tolist(), rel=1e-5)
@@ -133,8 +130,6 @@ def test_response_maps_of_a_model(size):
         mixing.dense_1.weight[:, unit] = 0
         model(image)
         change = (mixed - seen["mixed"][0]).norm(dim=0).view(model.config.grid)
-    for hook in hooks:
-        hook.remove()
     written = found[unit].written
     assert torch.from_numpy(written).float().sub(change).abs().max() < 1e-5
     assert written.max() > 0.01

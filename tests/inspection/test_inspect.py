@@ -43,9 +43,8 @@ def test_numbers_without_a_folder():
     assert layer["incoming"]["opposite_share"] == 1.0
     assert values["compared"]["layers"][0]["incoming"]["opposite_share"] < 1.0
     assert set(values["weights_correlation"]) == {"1", "2", "stem"}
-    assert am.inspect(model, compare=model).to_json()["weights_correlation"]["2"] == pytest.approx(
-        1
-    )
+    same = am.inspect(model, compare=model).to_json()
+    assert same["weights_correlation"]["2"] == pytest.approx(1)
     larger = am.inspect(model, compare=tiny_model(image_size=16)).to_json()
     assert set(larger["weights_correlation"]) == {"stem"}
 
@@ -106,22 +105,18 @@ def test_one_matrix_over_the_tokens(tmp_path, photo, name, mixing):
 @pytest.mark.parametrize(
     ("settings", "code", "named"),
     [
-        ({"output": "FILE"}, "invalid", "file"),
-        ({"output": "OUT", "layers": [3]}, "unknown-name", "3"),
+        ({"output": "file"}, "invalid", "file"),
+        ({"output": "out", "layers": [3]}, "unknown-name", "3"),
         ({"layers": [1]}, "needs", "output"),
-        ({"image": "FILE"}, "invalid", "file"),
+        ({"image": Path("file")}, "invalid", "file"),
         ({"compare": "nothing"}, "unknown-name", "nothing"),
     ],
 )
-def test_wrong_options(tmp_path, photo, settings, code, named):
-    (tmp_path / "file").write_text("x")
-    places = {"FILE": tmp_path / "file", "OUT": tmp_path / "out", "PHOTO": photo}
-    given = {
-        name: places.get(value, value) if isinstance(value, str) else value
-        for name, value in settings.items()
-    }
+def test_wrong_options(tmp_path, monkeypatch, settings, code, named):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
     with user_error(code, named):
-        am.inspect(tiny_model(), **given)
+        am.inspect(tiny_model(), **settings)
     assert not list(tmp_path.glob("out/*"))  # nothing half-written
 
 

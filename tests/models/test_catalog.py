@@ -52,7 +52,15 @@ def test_the_list():
         ("mixer_b61", {}, r"unknown model 'mixer_b61'[\s\S]*Did you mean mixer_b"),
         ("mixer_b16", {"drop_out": 0.1}, r"no setting 'drop_out'[\s\S]*Did you mean dropout"),
         ("mixer_s16", {"num_blocks": "many"}, "cannot build mixer_s16"),
+        ("cycle_mlp_b1", {"image_size": 3}, "size 3x3 is below the stem's stride of 4 pixels"),
+        ("cycle_mlp_b1", {"dims": (9,)}, "dims has 1"),
+        ("cycle_mlp_b1", {"dims": (9, 2, 9, 9)}, "dims must be at least 4"),
+        ("cycle_mlp_b1", {"depths": (1, 0)}, r"depths must be whole numbers .*, got \(1, 0\)"),
+        ("cycle_mlp_b1", {"in_channels": True}, "in_channels must be a whole number"),
         ("vip_s7", {"image_size": (224, 200)}, "224x200 .*by 14 .*: 224x196"),
+        ("vip_s7", {"segments": (5, 16, 16, 16)}, "192 channels do not divide into 5 segments"),
+        ("vip_s7", {"segments": (4,)}, "segments has 1"),
+        ("vip_s7", {"downsamples": (1, 0, 0)}, "downsamples must be 3 of true and false"),
     ],
 )
 def test_what_cannot_be_built(name: str, settings: dict[str, Any], message: str):

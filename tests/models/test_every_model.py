@@ -25,20 +25,17 @@ pytestmark = pytest.mark.numerics
 
 NAMES = am.list_models()
 # The variants of appendix A.1, and the network to compare with.
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "untied pyramid": ("mixer_s32", {"token_mixing": "untied", "pyramid": ((1, 3),)}),
-    "grouped": ("mixer_s32", {"token_mixing": "grouped", "token_groups": 4}),
-    "grouped pyramid": (
-        "mixer_s32",
-        {"token_mixing": "grouped", "token_groups": 2, "pyramid": ((0, 2),)},
-    ),
-    "views": ("mixer_s32", {"token_mixing": "views", "token_groups": 4}),
-    "views pyramid": (
-        "mixer_s32",
-        {"token_mixing": "views", "token_groups": 8, "pyramid": ((0, 2), (1, 1))},
-    ),
-    "rectangular patches": ("mixer_s32", {"patch_size": (16, 64)}),
-    "sequence": ("mixer_s32", {"patch_size": (1, 4), "in_channels": 5, "image_size": (1, 24)}),
+MIXERS: dict[str, dict[str, Any]] = {
+    "untied pyramid": {"token_mixing": "untied", "pyramid": ((1, 3),)},
+    "grouped": {"token_mixing": "grouped", "token_groups": 4},
+    "grouped pyramid": {"token_mixing": "grouped", "token_groups": 2, "pyramid": ((0, 2),)},
+    "views": {"token_mixing": "views", "token_groups": 4},
+    "views pyramid": {"token_mixing": "views", "token_groups": 8, "pyramid": ((0, 2), (1, 1))},
+    "rectangular patches": {"patch_size": (16, 64)},
+    "sequence": {"patch_size": (1, 4), "in_channels": 5, "image_size": (1, 24)},
+}
+OTHERS = {
+    **{name: ("mixer_s32", settings) for name, settings in MIXERS.items()},
     "sequence gmlp": ("gmlp_ti16", {"patch_size": (1, 8), "image_size": (1, 24)}),
     "small_resnet": ("small_resnet", {"width": 8, "num_stages": 2}),
 }
@@ -82,11 +79,8 @@ def gradients(model: am.ImageClassifier, images: torch.Tensor) -> dict[str, torc
     """Of the loss on labels 0, 1, 2, ...; also under autocast."""
     model.zero_grad()
     F.cross_entropy(model(images), torch.arange(len(images)) % 5).backward()
-    return {
-        n: parameter.grad.clone()
-        for n, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    named = model.named_parameters()
+    return {name: value.grad.clone() for name, value in named if value.grad is not None}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -125,9 +119,7 @@ def test_gradients_in_double_precision(name: str):
         tensors = {parameter: part.view(shape) for (parameter, shape), part in pairs}
         return torch.func.functional_call(model, tensors, images)
 
-    flat = torch.cat(
-        [parameter.detach().flatten() for parameter in model.parameters()]
-    ).requires_grad_()
+    flat = torch.cat([value.detach().flatten() for value in model.parameters()]).requires_grad_()
     assert torch.autograd.gradcheck(logits, (images, flat), fast_mode=True)
 
 

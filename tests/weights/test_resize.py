@@ -58,7 +58,7 @@ def resized(
         config, _ = resize_model(tensors, model.config, size, method)
     else:
         config = dataclasses.replace(model.config, image_size=size)
-        weights = list(token_weights(model.config))
+        weights = token_weights(model.config)
         resize_tokens(tensors, weights, model.config, config, method, interpolation)
     grown = model_from_config(config)
     grown.load_state_dict(tensors)

@@ -24,13 +24,7 @@ from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
 from allmlp.errors import UserError, plural
 from allmlp.evaluation.predictor import Predictor
-from allmlp.inspection.attribution import (
-    UnitResponse,
-    occlusion,
-    occlusion_places,
-    strongest,
-    unit_responses,
-)
+from allmlp.inspection.attribution import UnitResponse, occlusion, occlusion_places, unit_responses
 from allmlp.inspection.figures import blend, unit_pixels
 from allmlp.inspection.inspect import FIRST_LAYERS, STRONGEST
 from allmlp.inspection.units import ModelUnits, model_units
@@ -157,7 +151,7 @@ class Service:
         layers = []
         for number in self._layers[:FIRST_LAYERS] if layer is None else [layer]:
             found = unit_responses(self.model, self._units, image, number)
-            shown = [_unit(response, pixels) for response in strongest(found, STRONGEST)]
+            shown = [_unit(response, pixels) for response in found[:STRONGEST]]
             layers.append({"layer": number, "units": shown, "of": len(found)})
             check(1)
         return {"name": name, "image": _png_url(pixels), "layers": layers}

@@ -6,7 +6,7 @@ Shapes: S patches, G_H G_W their grid, C channels, U units, H W pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,7 @@ from torch import Tensor
 from allmlp.data.source import ImageFiles
 from allmlp.data.transforms import model_input, normalize
 from allmlp.errors import UserError
-from allmlp.inspection.units import (
-    Floats,
-    ModelUnits,
-    TokenMixingLayer,
-    patch_grid,
-    stem_convolution,
-)
+from allmlp.inspection.units import Floats, ModelUnits, TokenMixingLayer, stem_convolution
 from allmlp.io import expand
 from allmlp.models.inference import evaluating
 from allmlp.models.layers import (
@@ -89,7 +83,7 @@ def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.
 def unit_responses(
     model: ImageClassifier, units: ModelUnits, image: Tensor, layer: int
 ) -> list[UnitResponse]:
-    """Returns the responses of all units of a token-mixing MLP (from 1) to a model input."""
+    """Returns how the units of a token-mixing MLP (from 1) respond to a model input."""
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
     inputs: list[Tensor] = []  # to the two dense layers: y (1, C, S) and h (1, C, U)
@@ -106,16 +100,11 @@ def unit_responses(
 
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
-    """Returns the response maps of a layer's units from its activations for an image: the
-    normalised tokens y, (C, S), and h, (C, U).
+    """Returns the response maps of a layer's units from the normalised tokens y, (C, S), and the
+    activations h, (C, U), of an image (docs/inspection.md), largest energy of `written` first.
 
-    Unit u has in channel c the pre-activation a[c] = sum_s w[u, s] y[c, s] + b[u] and the
-    activation h[c] = GELU(a[c]). For each patch s:
-
-        read     w[u, s] * sum_c h[c] y[c, s]: the contribution of the patch, positive where it
-                 excites the unit. The sum over all patches is sum_c h[c] (a[c] - b[u]).
-        written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c]^2): the
-                 norm, over channels, of what the unit adds to the token.
+        read     w[u, s] * sum_c h[c, u] y[c, s], with incoming weights w
+        written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c, u]^2)
     """
     grid = layer.incoming.shape[1:]
     read = layer.incoming * (activation.T @ tokens).reshape(-1, *grid)  # (U, G_H, G_W)
@@ -124,17 +113,9 @@ def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) ->
     if layer.outgoing is not None:
         written = np.abs(layer.outgoing) * strength[:, None, None]
     columns = zip(layer.incoming, read, written, strength.tolist(), strict=True)
-    return [UnitResponse(layer.number, unit, *values) for unit, values in enumerate(columns)]
-
-
-def strongest(responses: Sequence[UnitResponse], most: int) -> list[UnitResponse]:
-    """Returns the units that add most to the tokens: largest energy of `written` first."""
-
-    def size(response: UnitResponse) -> float:
-        written = response.written
-        return response.strength if written is None else float(np.linalg.norm(written))
-
-    return sorted(responses, key=size, reverse=True)[:most]
+    units = [UnitResponse(layer.number, unit, *values) for unit, values in enumerate(columns)]
+    size = [one.strength if one.written is None else np.linalg.norm(one.written) for one in units]
+    return sorted(units, key=lambda one: size[one.unit], reverse=True)
 
 
 def occlusion(
@@ -146,8 +127,7 @@ def occlusion(
 ) -> Occlusion:
     """Returns the drop in predicted probability under a sliding grey window (Zeiler and Fergus
     2014). `on_batch` is called with the number of covered images."""
-    window, places = occlusion_places(model)
-    rows, columns, (down, right) = _occlusion_grid(model)
+    window, places, (down, right) = occlusion_places(model)
     whole = _probabilities(model, image)[0]
     label = int(whole.argmax())
     grey = normalize(torch.full(tuple(image[:1].shape), 127.5), preprocessing_of(model))
@@ -161,7 +141,7 @@ def occlusion(
         parts.append(whole[label] - _probabilities(model, covered)[:, label])
         on_batch(len(part))
     drop = np.concatenate(parts).reshape(places.shape[:2])
-    total, count = np.zeros((rows, columns)), np.zeros((rows, columns))
+    total, count = np.zeros((2, image.shape[2] // down, image.shape[3] // right))
     for (top, left), value in zip(places.reshape(-1, 2), drop.ravel(), strict=True):
         total[top : top + window, left : left + window] += value
         count[top : top + window, left : left + window] += 1
@@ -169,10 +149,12 @@ def occlusion(
     return Occlusion(label, name, float(whole[label]), drop, places, total / count, window)
 
 
-def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
-    """Patches per column, per row, and (height, width) of a patch (one step of the stem)."""
+def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64], tuple[int, int]]:
+    """Returns the window's side, a fifth of the grid's shorter side; all window positions (rows,
+    columns, 2), a third of that apart, the last ones moved inwards to cover every patch; and
+    (height, width) of a patch, one step of the stem."""
     stem = stem_convolution(model) if isinstance(model, ImageClassifier) else None
-    grid = patch_grid(model)
+    grid = getattr(model.config, "grid", None)
     height, width = model.config.image_size
     if stem is not None:
         down, right = int(stem.stride[0]), int(stem.stride[1])
@@ -180,17 +162,11 @@ def _occlusion_grid(model: Classifier) -> tuple[int, int, tuple[int, int]]:
         down, right = height // grid[0], width // grid[1]
     else:
         raise UserError(f"{type(model).__name__} has no patches that a window could cover")
-    return height // down, width // right, (down, right)
-
-
-def occlusion_places(model: Classifier) -> tuple[int, NDArray[np.int64]]:
-    """Returns the window's side, a fifth of the grid's shorter side, and all window positions
-    (rows, columns, 2), a third of that apart; the last ones move inwards to cover every patch."""
-    rows, columns, _ = _occlusion_grid(model)
+    rows, columns = height // down, width // right
     window = max(1, round(min(rows, columns) / 5))
     ends = (rows - window, columns - window)
     tops, lefts = (np.unique([*range(0, end, max(1, window // 3)), end]) for end in ends)
-    return window, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1)
+    return window, np.stack(np.meshgrid(tops, lefts, indexing="ij"), axis=-1), (down, right)
 
 
 @torch.inference_mode()

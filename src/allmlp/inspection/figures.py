@@ -177,13 +177,12 @@ def _page(
     return figure
 
 
-def occlusion_figure(pixels: Pixels, result: Occlusion, title: str = "") -> Figure:
+def occlusion_figure(pixels: Pixels, result: Occlusion, title: str) -> Figure:
     """Returns the image (H, W, channels) with the drop in its class's probability."""
     drop = 100 * result.patch_drop
     largest = max(float(np.abs(drop).max()), 1e-6)
     figure = new_figure(7.2, 2.05 * _ratio(pixels) + 0.7, DPI)
-    if title:
-        figure.suptitle(escape(title), fontsize=8, fontweight="bold")
+    figure.suptitle(escape(title), fontsize=8, fontweight="bold")
     whole, under, alone = figure.subplots(1, 3)
     show(whole, pixels)
     whole.set_title(f"predicted: {shorten(result.name)}, {result.probability:.1%}", fontsize=7)

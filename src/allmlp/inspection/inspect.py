@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from allmlp.console import Reporter, table_of
 from allmlp.errors import plural
@@ -20,7 +19,6 @@ from allmlp.inspection.attribution import (
     occlusion,
     occlusion_places,
     read_image,
-    strongest,
     unit_responses,
 )
 from allmlp.inspection.figures import occlusion_figure, response_figure, weight_figures
@@ -101,8 +99,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
         net = net if stays else net.to(choose_device(options.device))
         image, pixels = read_image(options.image, net)
         for layer in [layer for layer in units.layers if not layer.are_tokens][:FIRST_LAYERS]:
-            found_units = unit_responses(net, units, image, layer.number)
-            responses += strongest(found_units, STRONGEST)
+            responses += unit_responses(net, units, image, layer.number)[:STRONGEST]
         count = occlusion_places(net)[1][..., 0].size
         with Reporter().progress(count, "covered images") as bar:
             covered = occlusion(net, image, on_batch=bar.advance)
@@ -117,7 +114,17 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
             if responses:
                 title += ": what token-mixing units read and write"
                 figures["responses"] = response_figure(pixels, responses, title)
-        _write(found, figures, folder, options)
+        contents: dict[Path, Content] = {
+            folder / f"{figure}.{kind}": writer(figures[figure], kind)
+            for figure in figures
+            for kind in ("png", "svg")
+        }
+        text = json.dumps(found.to_json(), indent=2) + "\n"
+        contents[folder / "inspection.json"] = text.encode(errors="surrogateescape")
+        check_output_folder(folder, [path.name for path in contents], overwrite=options.overwrite)
+        check_not_inputs(contents, [] if options.image is None else [options.image])
+        atomic_write_all(contents)
+        found.files.extend(path.name for path in contents)
     return found
 
 
@@ -126,41 +133,18 @@ def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageC
     return net, str(model) if isinstance(model, str | Path) else name
 
 
-def _write(
-    found: Inspection, figures: dict[str, Figure], folder: Path, options: InspectOptions
-) -> None:
-    contents: dict[Path, Content] = {
-        folder / f"{name}.{kind}": writer(figure, kind)
-        for name, figure in figures.items()
-        for kind in ("png", "svg")
-    }
-    text = json.dumps(found.to_json(), indent=2) + "\n"
-    contents[folder / "inspection.json"] = text.encode(errors="surrogateescape")
-    check_output_folder(folder, [path.name for path in contents], overwrite=options.overwrite)
-    check_not_inputs(contents, [] if options.image is None else [options.image])
-    atomic_write_all(contents)
-    found.files.extend(path.name for path in contents)
-
-
 def show(found: Inspection, options: InspectOptions) -> None:
     report = Reporter()
-    report.say(f"model    {found.model.name}: {found.summary}")
-    if found.compared is not None:
-        report.say(f"compared {found.compared.name}")
-    for note in found.notes:
-        report.say(f"note     {note}")
-    for line in _measures(found):
+    for line in _lines(found, options):
         report.say(line)
-    if found.occlusion is not None:
-        for line in _excited(found, found.occlusion, options.image):
-            report.say(line)
-    if options.output is not None:
-        figures = plural(sum(name.endswith(".png") for name in found.files), "figure")
-        report.say(f"written  {options.output}: inspection.json, {figures}")
 
 
-def _measures(found: Inspection) -> Iterator[str]:
-    """Yields a table per model with a line per layer."""
+def _lines(found: Inspection, options: InspectOptions) -> Iterator[str]:
+    yield f"model    {found.model.name}: {found.summary}"
+    if found.compared is not None:
+        yield f"compared {found.compared.name}"
+    for note in found.notes:
+        yield f"note     {note}"
     for model in filter(None, (found.model, found.compared)):
         rows = []
         for layer, measures in model.measures.items():
@@ -180,14 +164,15 @@ def _measures(found: Inspection) -> Iterator[str]:
         alike = weight_correlations(found.model, found.compared)
         words = ", ".join(f"{label} {value:.2f}" for label, value in alike.items())
         yield f"Correlation of the two models' weights, by layer: {words or 'of other shapes'}."
-
-
-def _excited(found: Inspection, result: Occlusion, image: Path | None) -> Iterator[str]:
-    yield f"\nimage    {image}: {result.name} {result.probability:.1%}"
-    drop, top, left = result.largest
-    place = f"{100 * drop:.1f} points, at row {top} and column {left}"
-    window = f"{result.window}x{result.window} patches, {result.drop.size} positions"
-    yield f"covered  by a grey window of {window}: largest drop {place} of the patches"
+    if (result := found.occlusion) is not None:
+        yield f"\nimage    {options.image}: {result.name} {result.probability:.1%}"
+        drop, top, left = result.largest
+        place = f"{100 * drop:.1f} points, at row {top} and column {left}"
+        window = f"{result.window}x{result.window} patches, {result.drop.size} positions"
+        yield f"covered  by a grey window of {window}: largest drop {place} of the patches"
     if found.responses:
         named = ", ".join(f"{unit.layer}:{unit.unit + 1}" for unit in found.responses)
         yield f"units    {named} (layer:unit), in responses.png"
+    if options.output is not None:
+        figures = plural(sum(name.endswith(".png") for name in found.files), "figure")
+        yield f"written  {options.output}: inspection.json, {figures}"

@@ -17,10 +17,10 @@ from torch import nn
 
 from allmlp.errors import UserError
 from allmlp.models.catalog import config_to_json
-from allmlp.models.layers import Classifier, ImageClassifier
+from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
-OPPOSITE = -0.8  # units with a correlation below this are opposites
+OPPOSITE = -0.8  # the "opposite_share" of units has a correlation with another below this
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Floats = NDArray[np.float64]
@@ -44,11 +44,7 @@ class UnitMeasures:
         return np.isnan(self.frequency)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the distributions over units; None if no unit has a value.
-
-        "opposite_share" is the fraction of units whose correlation with another is below
-        `OPPOSITE`.
-        """
+        """Returns the distributions over units; None if no unit has a value."""
         known = self.partner_correlation[~np.isnan(self.partner_correlation)]
         return {
             "units": len(self.frequency),
@@ -79,11 +75,8 @@ def measure_units(units: ArrayLike) -> UnitMeasures:
 
 
 def spatial_frequency(units: ArrayLike) -> Floats:
-    """Returns each unit's spectral centroid in cycles per grid step, 0 to sqrt(1/2).
-
-    The mean of |f| over the 2-D discrete Fourier transform, weighted by its power |F|^2, where
-    f = (f_y, f_x), each on [-1/2, 1/2]. The mean (f = 0) is included: a constant has frequency 0.
-    """
+    """Returns each unit's mean |f| over its 2-D Fourier transform, weighted by power, in cycles per
+    grid step: 0 for a constant, at most sqrt(1/2)."""
     values = _scaled(units)
     height, width = values.shape[1:3]
     power = _over_channels(np.abs(np.fft.fft2(values, axes=(1, 2))) ** 2)
@@ -93,10 +86,8 @@ def spatial_frequency(units: ArrayLike) -> Floats:
 
 
 def locality(units: ArrayLike) -> Floats:
-    """Returns the fraction of each unit's energy in its best window of half the grid's sides.
-
-    1 for a point; `window_fraction` for a constant, 1/4 if both sides are even.
-    """
+    """Returns the fraction of each unit's energy in its best window of half the grid's sides: 1 for
+    a point, `window_fraction` for a constant."""
     energy = _over_channels(_scaled(units) ** 2)
     window = _window(energy.shape[1:3])
     inside = np.lib.stride_tricks.sliding_window_view(energy, window, axis=(1, 2))
@@ -106,10 +97,8 @@ def locality(units: ArrayLike) -> Floats:
 
 
 def correlations(units: ArrayLike) -> Floats:
-    """Returns u . v / (|u| |v|) for all pairs of units, (U, U); 0 for all-zero units.
-
-    The mean is not removed, so -1 means an inverse even if both are constant.
-    """
+    """Returns u . v / (|u| |v|) for all pairs of units, (U, U); 0 for all-zero units. The mean is
+    not removed, so -1 means an inverse even if both are constant."""
     values = _scaled(units)
     values = values.reshape(len(values), -1)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
@@ -118,28 +107,22 @@ def correlations(units: ArrayLike) -> Floats:
 
 
 def pair_opposites(units: ArrayLike) -> Integers:
-    """Returns the order of figure 5: by frequency, each unit followed by its nearest inverse.
-
-    Greedy, without repetition: next comes the remaining unit of lowest frequency, followed by the
-    remaining unit with the most negative correlation to it. All-zero units come last. If the number
-    is odd, the last unit has no partner.
-    """
+    """Returns the order of figure 5: the remaining unit of lowest frequency, then the remaining one
+    with the most negative correlation to it, and so on; all-zero units come last."""
     values = _scaled(units)
     is_zero, table = _zero_units(values), _opposites_table(values)
     order: list[int] = []
-    is_placed = np.zeros(len(values), dtype=bool)
+    is_left = np.ones(len(values), dtype=bool)
     for first in np.lexsort((spatial_frequency(values), is_zero)):
-        if is_placed[first]:
+        if not is_left[first]:
             continue
-        is_placed[first] = True
-        order.append(int(first))
-        if is_placed.all():
-            break
-        second = int(np.where(is_placed, np.inf, table[first]).argmin())
-        if is_placed[second]:  # only zero units are left
-            second = int(np.flatnonzero(~is_placed)[0])
-        is_placed[second] = True
-        order.append(second)
+        is_left[first] = False
+        order.append(first)
+        left = np.flatnonzero(is_left)
+        if len(left):
+            second = left[table[first, left].argmin()]
+            is_left[second] = False
+            order.append(second)
     return np.array(order, dtype=np.int64)
 
 
@@ -151,13 +134,10 @@ def window_fraction(grid: tuple[int, int]) -> float:
 
 def _distribution(values: Floats) -> dict[str, Any]:
     known = values[~np.isnan(values)]
-    if not len(known):
-        return {"mean": None, "quantiles": {f"{q:g}": None for q in QUANTILES}}
-    quantiles = np.quantile(known, QUANTILES)
-    return {
-        "mean": float(known.mean()),
-        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-    }
+    mean = float(known.mean()) if len(known) else None
+    quantiles = np.quantile(known, QUANTILES).tolist() if len(known) else [None] * len(QUANTILES)
+    named = {f"{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+    return {"mean": mean, "quantiles": named}
 
 
 def _window(grid: tuple[int, ...]) -> tuple[int, int]:
@@ -249,7 +229,7 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
     """Returns the units of all modules named `token_mixing` and of the stem, for any family."""
     named = model.named_modules()
     modules = [pair for pair in named if pair[0].rpartition(".")[2] == "token_mixing"]
-    family, grid = type(model).__name__, patch_grid(model)
+    family, grid = type(model).__name__, getattr(model.config, "grid", None)
     layers: list[TokenMixingLayer] = []
     not_drawn: dict[str, list[str]] = {}
     for number, (path, module) in enumerate(modules, start=1):
@@ -258,16 +238,16 @@ def model_units(model: ImageClassifier, name: str = "model") -> ModelUnits:
         if weights is None or grid is None or weights[0].shape[1] != math.prod(grid):
             reason = "a unit does not read one value per patch, in all channels alike"
             not_drawn.setdefault(reason, []).append(str(number))
-        elif not np.isfinite(weights[0]).all():
+            continue
+        incoming, outgoing = weights
+        if not np.isfinite(incoming).all():
             not_drawn.setdefault("some weights are not finite", []).append(str(number))
-        else:
-            incoming, outgoing = weights
-            written = None
-            is_grid = outgoing.shape == incoming.shape[::-1] and not is_map  # (S, U)
-            if is_grid and np.isfinite(outgoing).all():
-                written = outgoing.T.reshape(-1, *grid)
-            maps = incoming.reshape(-1, *grid)
-            layers.append(TokenMixingLayer(number, path, maps, written, is_map))
+            continue
+        is_grid = outgoing.shape == incoming.shape[::-1] and not is_map  # (S, U)
+        is_drawn = is_grid and np.isfinite(outgoing).all()
+        written = outgoing.T.reshape(-1, *grid) if is_drawn else None
+        maps = incoming.reshape(-1, *grid)
+        layers.append(TokenMixingLayer(number, path, maps, written, is_map))
     notes = [
         f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)} not drawn: {reason}"
         for reason, numbers in not_drawn.items()
@@ -306,18 +286,10 @@ def _dense_weights(
     return _array(first)[: second.shape[1]], _array(second)
 
 
-def patch_grid(model: Classifier) -> tuple[int, int] | None:
-    """Returns (G_H, G_W), or None for a model without a grid of patches."""
-    grid = getattr(model.config, "grid", None)
-    return (int(grid[0]), int(grid[1])) if isinstance(grid, tuple) and len(grid) == 2 else None
-
-
 def stem_convolution(model: ImageClassifier) -> nn.Conv2d | None:
     """Returns the first convolution that reads the image: the patch embedding."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels == model.config.in_channels:
-            return module
-    return None
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next((one for one in convolutions if one.in_channels == model.config.in_channels), None)
 
 
 def _array(weight: torch.Tensor) -> Floats:

@@ -3,8 +3,7 @@
 Token mixing does not depend on the image size. A dense layer over the channels reads every channel
 from a shifted position: the offsets cycle through
     0, +1, -1, 0, +1, -1, ...
-along the width in one branch and along the height in the other, with zero padding. A layer thus
-sees three positions at the cost of one, and stacked layers have a large receptive field.
+along the width in one branch and along the height in the other, with zero padding.
 
 Matches the authors' code (ShoufaChen/CycleMLP), which uses a deformable convolution with the
 offsets as a buffer in the state dict. Figure 4 of the paper shows the shifts in a different order;

@@ -61,11 +61,6 @@ class ModelConfig:
         """
         raise NotImplementedError
 
-    @property
-    def widest(self) -> int | None:
-        """Number of values in the largest activation of one image; None if unknown."""
-        return None
-
     def summary(self) -> str:
         """Returns a short description: "12 layers, patch 16, 768 channels"."""
         raise NotImplementedError
@@ -147,26 +142,24 @@ def is_integer(value: Any, least: int = 1) -> bool:
 
 def _broken_rule(kind: Any, value: Any, least: int) -> str | None:
     """Returns in words what a field of this type must be, or None if the value is."""
-    is_size = isinstance(value, tuple) and len(value) == 2 and all(map(is_integer, value))
-    is_right, rule = True, ""
-    if kind is int:
-        is_right, rule = is_integer(value, least), f"a whole number of at least {least}"
-    elif kind is str:
-        is_right, rule = isinstance(value, str), "a string"
-    elif kind is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        number: Any = value
-        is_right, rule = is_number and 0.0 <= number < 1.0, "in [0, 1)"
-    elif get_origin(kind) is Literal:
+    if get_origin(kind) is Literal:
         choices = get_args(kind)
-        is_right = isinstance(value, str) and value in choices
-        rule = f"one of {', '.join(choices)}"
-    elif kind in (Size, int | Size):
-        is_right = is_size or (kind != Size and is_integer(value))
-        rule = "a number of pixels or (height, width)"
-    elif kind == tuple[int, ...]:
-        is_right = isinstance(value, tuple) and value != () and all(map(is_integer, value))
-        rule = "whole numbers of at least 1"
+        is_one = isinstance(value, str) and value in choices
+        return None if is_one else f"one of {', '.join(choices)}"
+    numbers = value if isinstance(value, tuple) else ()
+    are_whole = bool(numbers) and all(map(is_integer, numbers))
+    is_size = are_whole and len(numbers) == 2
+    is_fraction = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    pixels = "a number of pixels or (height, width)"
+    rules: dict[Any, tuple[bool, str]] = {
+        int: (is_integer(value, least), f"a whole number of at least {least}"),
+        str: (isinstance(value, str), "a string"),
+        float: (is_fraction, "in [0, 1)"),
+        Size: (is_size, pixels),
+        int | Size: (is_size or is_integer(value), pixels),
+        tuple[int, ...]: (are_whole, "whole numbers of at least 1"),
+    }
+    is_right, rule = rules.get(kind, (True, ""))
     return None if is_right else rule
 
 
@@ -304,6 +297,20 @@ def infer_patches(
         "num_classes": count_classes(shapes),
         "in_channels": channels,
     }
+
+
+def infer_maps(
+    config: type[Any], tokens: str, hidden: str, field: str
+) -> Callable[[Shapes, Size | None, Size | None], Any]:
+    """Returns `Family.infer` for one dense layer over the tokens per block, "blocks.0.TOKENS", and
+    one, "blocks.0.HIDDEN", whose outputs are counted by a field of the configuration."""
+
+    def infer(shapes: Shapes, written: Size | None, asked: Size | None) -> Any:
+        num_tokens, _ = shape_of(shapes, f"blocks.0.{tokens}.weight", 2)
+        width, _ = shape_of(shapes, f"blocks.0.{hidden}.weight", 2)
+        return config(**{field: width}, **infer_patches(shapes, num_tokens, written, asked))
+
+    return infer
 
 
 def count_classes(shapes: Shapes) -> int:

@@ -17,16 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from allmlp.models.family import (
-    Family,
-    Names,
-    PatchConfig,
-    Shapes,
-    Size,
-    infer_patches,
-    named,
-    shape_of,
-)
+from allmlp.models.family import Family, Names, PatchConfig, infer_maps, named
 from allmlp.models.layers import PatchClassifier, StochasticDepth
 from allmlp.models.resize import resize_maps
 
@@ -119,12 +110,6 @@ class GMLPConfig(PatchConfig):
         return self.num_tokens * self.mlp_dim
 
 
-def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> GMLPConfig:
-    num_tokens, _ = shape_of(shapes, "blocks.0.mlp.gate.token_mixing.weight", 2)
-    hidden, _ = shape_of(shapes, "blocks.0.mlp.dense_0.weight", 2)
-    return GMLPConfig(mlp_dim=hidden, **infer_patches(shapes, num_tokens, written, asked))
-
-
 _SHAPES = {"gmlp_ti16": (128, 768), "gmlp_s16": (256, 1536), "gmlp_b16": (512, 3072)}  # Table 1
 FAMILY = Family(
     name="gmlp",
@@ -133,9 +118,9 @@ FAMILY = Family(
     config=GMLPConfig,
     build=GMLP,
     architectures=named(GMLPConfig, "hidden_dim mlp_dim", _SHAPES, patch_size=16, num_blocks=30),
-    resize=resize_maps("blocks.{}.mlp.gate.token_mixing"),
+    resize=resize_maps("mlp.gate.token_mixing"),
     marker=r"blocks\.\d+\.mlp\.gate\.",
-    infer=_infer,
+    infer=infer_maps(GMLPConfig, "mlp.gate.token_mixing", "mlp.dense_0", "mlp_dim"),
     names=(
         Names(
             "timm",

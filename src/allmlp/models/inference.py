@@ -72,6 +72,7 @@ class Inference:
         self._network = model
         if self.packed:
             self._network = pack(model, precision)
+            # Values in the largest activation of an image; not every family knows.
             if widest := getattr(model.config, "widest", None):
                 width = 2 if precision == "bfloat16" else 4
                 self.most = max(1, LARGEST_ACTIVATION // (widest * width))
@@ -133,10 +134,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class PackedDense(nn.Module):
-    """A dense layer with weights packed for oneDNN, without gradients.
-
-    Computes in and returns `dtype`. `gelu` is "tanh", "none" (torch's exact GELU) or None.
-    """
+    """A dense layer with weights packed for oneDNN; computes in and returns `dtype`. `gelu` is
+    "tanh", "none" (torch's exact GELU) or None."""
 
     def __init__(
         self, dense: nn.Linear, dtype: torch.dtype, gelu: str | None = None, has_bias: bool = True
@@ -164,11 +163,8 @@ class ExactDense(nn.Linear):
 
 
 def packable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Returns the dense layers that can be replaced, as (calling module, attribute name).
-
-    Only float32 layers without hooks that our own modules call: other code, such as timm's, may
-    read the weight of a layer instead of calling it.
-    """
+    """Returns (calling module, attribute name) of the float32 layers without hooks that our own
+    modules call: other code, such as timm's, may read a weight instead of calling its layer."""
     return [
         (module, name)
         for module in model.modules()

@@ -51,11 +51,8 @@ class StochasticDepth(nn.Module):
 
 
 def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Generator) -> Tensor:
-    """Draws which branches every sample keeps, float32 (branches, N).
-
-    Drawn outside the model for a whole batch, so the result does not depend on how processes and
-    micro-batches split the batch, on the device, or on compilation.
-    """
+    """Draws which branches every sample of a batch keeps, float32 (branches, N), however processes
+    and micro-batches split the batch, and whatever device or compiler runs the model."""
     keep = [1.0 - drop.probability for drop in _drops(model)]
     drawn = torch.rand(len(keep), num_samples, generator=random)
     return (drawn < torch.tensor(keep).view(-1, 1)).float()
@@ -73,10 +70,8 @@ def _drops(model: nn.Module) -> list[StochasticDepth]:
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:
-    """Fills `weight`, (out, in, ...), in place with Flax's lecun-normal, and returns it.
-
-    A normal truncated at two standard deviations, with variance 1 / fan_in after truncation.
-    """
+    """Fills `weight`, (out, in, ...), in place with Flax's lecun-normal, and returns it: a normal
+    truncated at two standard deviations, with variance 1 / fan_in after truncation."""
     variance_of_truncated_unit_normal = 0.87962566103423978**2
     fan_in = weight[0].numel()
     std = math.sqrt(1.0 / fan_in / variance_of_truncated_unit_normal)
@@ -87,14 +82,12 @@ class Classifier(Protocol):
     """Anything with logits and a description of them: an `ImageClassifier` or an exported file,
     which takes pixels as well, has no weights and runs on the CPU."""
 
-    @property
-    def config(self) -> Any: ...
+    config: Any
+    preprocessing: Preprocessing | None
+    decision: Decision
+
     @property
     def class_names(self) -> list[str] | None: ...
-    @property
-    def preprocessing(self) -> Preprocessing | None: ...
-    @property
-    def decision(self) -> Decision: ...
     @property
     def source(self) -> str | None: ...
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -69,11 +68,10 @@ class SiluGate(nn.Module):
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each with pre-LayerNorm and a skip connection.
 
-    The output bias of token mixing changes no logit, and its gradient is pure rounding noise: it
-    adds the same number to all channels of a token, and everything that reads the tokens, the last
-    LayerNorm included, subtracts the mean over channels. It exists because the paper's code and
-    Google's files have it; inference with packed weights skips it. (The shortcut of a pyramid mixes
-    these numbers across tokens, never across channels. It matters in untied, grouped and views.)
+    The output bias of token mixing changes no logit, and its gradient is rounding noise: it adds
+    the same number to all channels of a token, and every LayerNorm subtracts the mean over channels
+    (not so in untied, grouped and views). It exists because the paper's code and Google's files
+    have it; inference with packed weights skips it.
 
     The index is that of the block, from 0; `drops` are the stochastic depth of both branches.
     """
@@ -120,18 +118,13 @@ class MlpMixer(PatchClassifier):
         return [self.get_parameter(name) for name in names] if is_shared else []
 
 
-# --- Appendix A.1, "Things that did not help" -----------------------------------------------------
+# --- Appendix A.1, "Things that did not help"; see `MixerConfig` and docs/ablations.md ------------
 #
-#     untied    a token-mixing MLP for each of the C channels instead of one for all
-#     grouped   G neighbouring channels are one vector of G * S numbers: the MLP sees them together
-#     views     as grouped, but on C learned features: G linear maps from C to C / G, whose g-th
-#               outputs are laid out like the G channels of a group
-#     pyramid   token mixing in selected blocks maps S tokens to S' < S
-#
-# Our choices where the paper is silent: D_S is that of the configuration; the maps of the views
-# have no bias; views are undone as groups are, without a second map; the skip connection of a block
-# that reduces the tokens is a linear map over the tokens without bias, like the projection shortcut
-# of a ResNet (He et al. 2016).
+# Views are G linear maps from C to C / G, whose g-th outputs are laid out like the G channels of a
+# group. Our choices where the paper is silent: D_S is that of the configuration; the maps of the
+# views have no bias; views are undone as groups are, without a second map; the skip connection of a
+# block that reduces the tokens is a linear map over the tokens without bias, like the projection
+# shortcut of a ResNet (He et al. 2016).
 
 
 class UntiedLinear(nn.Module):
@@ -330,15 +323,15 @@ def _suffix(config: MixerConfig, named: MixerConfig) -> str | None:
     return f"{grown} ({config.variant})" if config.variant else grown
 
 
-def token_weights(config: MixerConfig) -> Iterator[Weight]:
-    """Returns the weights that depend on the number of tokens, see `resize_tokens`."""
+def token_weights(config: MixerConfig) -> list[Weight]:
+    """Returns the weights of a block that depend on the number of tokens, see `resize_tokens`."""
     read = (2 if config.gated else 1, config.tokens_mlp_dim)
-    for index in range(config.num_blocks):
-        name = f"blocks.{index}.token_mixing"
-        yield f"{name}.dense_0.weight", (read, TOKENS)
-        yield f"{name}.dense_0.bias", (read,)
-        yield f"{name}.dense_1.weight", (TOKENS, (1, config.tokens_mlp_dim))
-        yield f"{name}.dense_1.bias", (TOKENS,)
+    return [
+        ("token_mixing.dense_0.weight", (read, TOKENS)),
+        ("token_mixing.dense_0.bias", (read,)),
+        ("token_mixing.dense_1.weight", (TOKENS, (1, config.tokens_mlp_dim))),
+        ("token_mixing.dense_1.bias", (TOKENS,)),
+    ]
 
 
 def _resize(
@@ -349,7 +342,7 @@ def _resize(
         what = f"this variant ({old.summary()}) cannot be brought to another image size"
         fix = "Only the paper's own token mixing has a rule for that; train it at that size"
         raise UserError(what, fix=fix)
-    tiles, words = resize_tokens(tensors, list(token_weights(old)), old, new, method)
+    tiles, words = resize_tokens(tensors, token_weights(old), old, new, method)
     return replace(new, tokens_mlp_dim=tiles * old.tokens_mlp_dim), words
 
 

@@ -1,17 +1,11 @@
 """Trained weights at another image size: the paper's block-diagonal growth, and resampling.
 
-The weights of a token-mixing MLP are images on the patch grid: a hidden unit has an image of
-incoming and one of outgoing weights.
+block-diagonal  each of K_h x K_w tiles of the old size gets a copy of the old token-mixing MLP
+                (section 3 and appendix C of the paper; both sides grow by integer factors)
+resample        any size: W_0 A, B W_1, B b_1, where A and B resize the tokens from the new grid to
+                the old one and back, with rows that sum to one; D_S does not change
 
-block-diagonal  (section 3 and appendix C of the paper; both sides grow by integer factors)
-    The image is cut into K_h x K_w tiles of the old size, each with its own copy of the old
-    token-mixing MLP: logits(large image) = mean over its tiles of the old logits(tile). Tokens are
-    row-major over the whole grid, not tile by tile, so the blocks are permuted.
-
-resample  (any size, larger or smaller; D_S does not change)
-    token mixing(x) = B . old token mixing(A . x), where A and B resize the tokens from the new grid
-    to the old one and back. Both are linear maps whose rows sum to one, folded into the weights:
-    W_0 A, B W_1, B b_1. Constant images excite the hidden units exactly as before.
+docs/weights.md says what each preserves.
 
 Shapes: D hidden units of the token-mixing MLP, (h, w) the old grid, (H, W) the new one.
 """
@@ -61,12 +55,14 @@ def resize_tokens(
     """Resizes weights that depend on the tokens to the image size of `new`, in place; `old` and
     `new` are a `PatchConfig`. Returns the number of tiles (1 if resampled) and a description.
 
-    `weights` are names and what their axes are: `TOKENS`, or (g, D) for g * D hidden units, of
-    which every tile gets D in each of the g groups. `interpolation` is for resampling; "bilinear"
-    and "bicubic" are antialiased.
+    `weights` are names inside of a block and what their axes are: `TOKENS`, or (g, D) for g * D
+    hidden units, of which every tile gets D in each of the g groups. `interpolation` is for
+    resampling; "bilinear" and "bicubic" are antialiased.
     """
     factors = whole_factors(old.grid, new.grid, method)
     tiles = math.prod(factors or (1,))
+    blocks = range(old.num_blocks)
+    weights = [(f"blocks.{index}.{name}", axes) for index in blocks for name, axes in weights]
     lengths = [
         [new.num_tokens if axis == TOKENS else tiles * math.prod(axis) for axis in axes]
         for _, axes in weights
@@ -86,13 +82,10 @@ def resize_tokens(
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
-    """Returns `Family.resize` for one dense layer over the tokens per block: "blocks.{}.NAME"."""
+    """Returns `Family.resize` for one dense layer over the tokens per block."""
+    weights: list[Weight] = [(f"{name}.weight", (TOKENS, TOKENS)), (f"{name}.bias", (TOKENS,))]
 
     def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:
-        weights: list[Weight] = []
-        for index in range(old.num_blocks):
-            weights.append((f"{name.format(index)}.weight", (TOKENS, TOKENS)))
-            weights.append((f"{name.format(index)}.bias", (TOKENS,)))
         return new, resize_tokens(tensors, weights, old, new, method)[1]
 
     return resize

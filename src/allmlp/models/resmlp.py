@@ -20,16 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from allmlp.models.family import (
-    Family,
-    Names,
-    PatchConfig,
-    Shapes,
-    Size,
-    infer_patches,
-    named,
-    shape_of,
-)
+from allmlp.models.family import Family, Names, PatchConfig, infer_maps, named
 from allmlp.models.layers import PatchClassifier, StochasticDepth
 from allmlp.models.mixer import MlpBlock
 from allmlp.models.resize import resize_maps
@@ -118,13 +109,6 @@ class ResMLPConfig(PatchConfig):
         return self.num_tokens * self.channels_mlp_dim
 
 
-def _infer(shapes: Shapes, written: Size | None, asked: Size | None) -> ResMLPConfig:
-    num_tokens, _ = shape_of(shapes, "blocks.0.token_mixing.weight", 2)
-    hidden, _ = shape_of(shapes, "blocks.0.channel_mixing.dense_0.weight", 2)
-    fields = infer_patches(shapes, num_tokens, written, asked)
-    return ResMLPConfig(channels_mlp_dim=hidden, **fields)
-
-
 # Of the authors' code.
 _FIELDS = "patch_size hidden_dim num_blocks channels_mlp_dim layer_scale"
 _SHAPES = {
@@ -140,9 +124,9 @@ FAMILY = Family(
     config=ResMLPConfig,
     build=ResMLP,
     architectures=named(ResMLPConfig, _FIELDS, _SHAPES),
-    resize=resize_maps("blocks.{}.token_mixing"),
+    resize=resize_maps("token_mixing"),
     marker=r"pre_head_affine\.|blocks\.\d+\.(affine|scale)_",
-    infer=_infer,
+    infer=infer_maps(ResMLPConfig, "token_mixing", "channel_mixing.dense_0", "channels_mlp_dim"),
     crops=dict.fromkeys(_SHAPES, 0.9),  # the authors evaluate at 0.9, timm at 0.875
     names=(
         Names(

@@ -5,9 +5,8 @@
     between   a strided convolution to the next stage's grid and width   (N, H_i, W_i, C_i)
     end       LayerNorm, mean over positions, head
 
-Token mixing has three branches: along the height, along the width, and over the channels. Their
-weights per channel are a softmax computed from the whole image (`Fusion`). The two families differ
-in how the branches mix.
+Token mixing has three branches (`Fusion`): along the height, along the width, and over the
+channels. The two families differ in how the first two mix.
 
 Tensor names and shapes are those of the authors' code, so that their files load unchanged
 (ShoufaChen/CycleMLP, Andrew-Qibin/VisionPermutator): `patch_embed.proj`, `network.N.B...`, `norm`,
@@ -28,11 +27,10 @@ from torch import Tensor, nn
 from allmlp.models.family import ModelConfig, Shapes, Size, count_blocks, count_classes, shape_of
 from allmlp.models.layers import ImageClassifier, StochasticDepth
 
-EPSILON = 1e-5
 Window = tuple[int, int, int]  # kernel, stride and padding of a convolution
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     """An MLP over the channels: two dense layers with an exact GELU in between."""
 
     before_gelu: ClassVar[str] = "fc1"  # for inference with packed weights
@@ -42,9 +40,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.gelu = nn.GELU()
         self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., out)
-        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class Fusion(nn.Module):
@@ -79,10 +74,10 @@ class Block(nn.Module):
 
     def __init__(self, fusion: Fusion, dim: int, hidden: int, drop: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = fusion
         self.drop_0 = StochasticDepth(drop)
-        self.norm2 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden, dim)
         self.drop_1 = StochasticDepth(drop)
 
@@ -125,7 +120,7 @@ class StagedClassifier(ImageClassifier):
             parts.append(nn.Sequential(*blocks))
         self.patch_embed = parts[0]
         self.network = nn.ModuleList(parts[1:])
-        self.norm = nn.LayerNorm(channels, eps=EPSILON)
+        self.norm = nn.LayerNorm(channels)
         self.head = nn.Linear(channels, config.num_classes) if config.num_classes else None
         if not self.norm.weight.is_meta:
             self.initialize()

@@ -9,11 +9,10 @@ Shapes: N batch, C features, H W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -113,7 +112,7 @@ def timm_config(name: str) -> TimmConfig:
         raise UserError(what, fix=fix)
     import_timm()
     if name in HAND_BUILT:
-        return TimmConfig(name=name, image_size=HAND_BUILT[name].image_size)
+        return TimmConfig(name=name, image_size=HAND_BUILT[name][0])
     return TimmConfig(name=name, image_size=tuple(known_to_timm(name).input_size[1:]))
 
 
@@ -142,30 +141,18 @@ def build_backbone(config: TimmConfig) -> nn.Module:
     if torch.get_default_device().type != "meta":
         return _built(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        with _parameters_on_meta():
+        with register_module_parameter_registration_hook(_to_meta):
             model = _built(config)
         if any(buffer.is_meta for buffer in model.buffers()):  # also created on meta
             model = _built(config)
-            with _parameters_on_meta():
-                for module in model.modules():
-                    for name, parameter in list(module.named_parameters(recurse=False)):
-                        module.register_parameter(name, parameter)
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    module.register_parameter(name, _to_meta(module, name, parameter))
     return model
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter registered inside the block to the meta device."""
-
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    hook: Any = to_meta  # torch's types do not allow returning another parameter
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
 
 def _built(config: TimmConfig) -> nn.Module:
@@ -177,7 +164,8 @@ def _built(config: TimmConfig) -> nn.Module:
     own = None if name in HAND_BUILT else known_to_timm(name)
     try:
         if own is None:
-            return HAND_BUILT[name].build(**settings)
+            _, build = HAND_BUILT[name]
+            return build(**settings)
         model = timm.create_model(name, **settings)
         if own.fixed_input_size and size != tuple(own.input_size[1:]):
             if not hasattr(model, "set_input_size"):
@@ -242,11 +230,6 @@ def first_line(error: BaseException) -> str:
 # --- sizes of the paper's comparison systems that timm does not register, built from its parts ---
 
 
-class HandBuilt(NamedTuple):
-    image_size: Size  # as in the source
-    build: Callable[..., nn.Module]  # takes timm's settings: num_classes, in_chans, drop_rate, ...
-
-
 def _bit(layers: tuple[int, ...], width: int, **settings: Any) -> nn.Module:
     """BiT's ResNet-v2 (Kolesnikov et al. 2020), built as timm builds the registered sizes."""
     resnetv2 = importlib.import_module("timm.models.resnetv2")
@@ -287,12 +270,13 @@ def _halonet_h4(**settings: Any) -> nn.Module:
     return byobnet.ByobNet(config, **settings)
 
 
-HAND_BUILT: dict[str, HandBuilt] = {
-    "bit_r50x2": HandBuilt((224, 224), partial(_bit, (3, 4, 6, 3), 2)),
-    "bit_r152x1": HandBuilt((224, 224), partial(_bit, (3, 8, 36, 3), 1)),
-    "bit_r200x3": HandBuilt((224, 224), partial(_bit, (3, 24, 36, 3), 3)),
-    "nfnet_f4_plus": HandBuilt((512, 512), _nfnet_f4_plus),
-    "halonet_h4": HandBuilt((384, 384), _halonet_h4),
+# The source's image size, and a function of timm's settings: num_classes, in_chans, drop_rate, ...
+HAND_BUILT: dict[str, tuple[Size, Callable[..., nn.Module]]] = {
+    "bit_r50x2": ((224, 224), partial(_bit, (3, 4, 6, 3), 2)),
+    "bit_r152x1": ((224, 224), partial(_bit, (3, 8, 36, 3), 1)),
+    "bit_r200x3": ((224, 224), partial(_bit, (3, 24, 36, 3), 3)),
+    "nfnet_f4_plus": ((512, 512), _nfnet_f4_plus),
+    "halonet_h4": ((384, 384), _halonet_h4),
 }
 
 

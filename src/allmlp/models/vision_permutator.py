@@ -8,11 +8,8 @@ layer maps to another such vector, and a row likewise:
     height   h[i', j, g, s'] = sum over i, s of mlp_h[i' S + s', i S + s] x[i, j, g, s]
     width    w[i, j', g, s'] = sum over j, s of mlp_w[j' S + s', j S + s] x[i, j, g, s]
 
-Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid, so that
-H S = C, both maps are C x C and images have 224 x 224 pixels. Here G stays the same at other image
-sizes: the maps are H S x H S and W S x W S, resized along the places as in `resize.py`. (Grown
-block-diagonally, the parts of a column still interact in the weights of the branches, which depend
-on the whole image; an image that tiles another K x K times has the same logits.)
+Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid and
+images have 224 x 224 pixels. Here G stays the same at other image sizes (docs/models.md).
 
 Shapes: N batch, (H, W) grid of a stage, C its channels, G segments of S channels, the segment index
 being the slow one; channels-last between stem and head.
