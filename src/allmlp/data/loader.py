@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
-from allmlp.data.sampler import Order, sample_generator
+from allmlp.data.sampler import SAMPLE, Order, generator
 from allmlp.data.source import BadImage, Source, array_row, array_shape
 from allmlp.data.transforms import check_input, resize_for_evaluation
 from allmlp.errors import UserError, between
@@ -288,7 +288,7 @@ class _Samples(Images):
         epoch, index, *more = place
         for step in range(len(self.source)):  # this image, or the next that can be decoded
             chosen = (index + step) % len(self.source)
-            random = sample_generator(self.seed, epoch, index, *more)
+            random = generator(self.seed, SAMPLE, epoch, index, *more)
             pixels = self.decoded(chosen, bad, lambda image, own=random: transform(image, own))
             if pixels is not None:
                 return pixels, self.source.labels[chosen], chosen, bad
