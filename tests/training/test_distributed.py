@@ -357,11 +357,11 @@ if os.environ["RANK"] == "1":
 BROKEN = """
 from allmlp.data import loader
 
-def decoded(self, index, bad, transform, decoded=loader.Images.decoded):
+def decoded(self, index, bad, *random, decoded=loader.Images.decoded):
     if index == 3:
         bad.append(loader.BadImage(index, "three.png", "broken"))
         return None
-    return decoded(self, index, bad, transform)
+    return decoded(self, index, bad, *random)
 
 patch.setattr(loader.Images, "decoded", decoded)
 """

@@ -24,7 +24,7 @@ from rich import filesize
 
 from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK, EncodedImage
-from allmlp.data.loader import Images, in_order, load
+from allmlp.data.loader import Images, Sample, in_order, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
 from allmlp.io import atomic_write_all, csv_text
@@ -182,7 +182,8 @@ def scan(
         if workers is None:  # for few images they do not pay off
             workers = min(8, cores_of_process()) if len(source) > 500 else 0
         found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
-        for facts, bad in load(_Facts(source), in_order(source, 64), workers):
+        images = Images(source, _facts_of)
+        for facts, bad in load(images, in_order(source, 64), workers, collate_fn=_collate):
             found[name].facts[at : at + len(facts)] = facts
             found[name].unreadable.extend(bad)
             at += len(facts)
@@ -190,14 +191,10 @@ def scan(
     return found
 
 
-class _Facts(Images):
-    def load(self, place: int) -> tuple[np.ndarray, list[BadImage]]:
-        bad: list[BadImage] = []
-        facts = self.decoded(place, bad, _facts_of)
-        return np.zeros((), dtype=FACTS) if facts is None else facts, bad
-
-    def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
-        return np.stack([facts for facts, _ in samples]), [bad for _, own in samples for bad in own]
+def _collate(samples: list[Sample]) -> tuple[np.ndarray, list[BadImage]]:
+    unread = np.zeros((), dtype=FACTS)
+    facts = np.stack([unread if facts is None else facts for facts, *_ in samples])
+    return facts, [image for *_, bad in samples for image in bad]
 
 
 def _facts_of(image: EncodedImage) -> np.ndarray:
