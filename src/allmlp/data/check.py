@@ -58,6 +58,7 @@ KINDS = ("same file", "same pixels", "near")
 # Two images, the first before the second; index into `KINDS`; 1 - correlation of the thumbnails.
 PAIRS = np.dtype([("first", "i8"), ("second", "i8"), ("kind", "u1"), ("difference", "f4")])
 NEAR = KINDS.index("near")
+Place = tuple[str, int]  # split and index of an image
 _PROTECTED = ("test", "validation")  # never excluded because of a split further right
 _BATCH = 2048  # thumbnails per comparison
 _BLOCK = 2**18  # hashes per comparison
@@ -149,12 +150,12 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
         columns = ("split", "index", "name", "class")
         ends = [f"{column}_{end}" for end in (1, 2) for column in columns]
         rows: list[list[object]] = [[*ends, "kind", "difference"]]
-        for pair in found.most_different_first():
+        for *images, kind, difference in found.most_different_first():
             cells: list[object] = []
-            for split, index in (pair.first, pair.second):
+            for split, index in images:
                 source = found.splits[split]
                 cells += [split, index, source.item_name(index), source.label_text(index)]
-            rows.append([*cells, pair.kind, f"{pair.difference:.4f}"])
+            rows.append([*cells, kind, f"{difference:.4f}"])
         texts["duplicates.csv"] = csv_text(rows)
     atomic_write_all({folder / name: text for name, text in texts.items()})
     return list(texts)
@@ -224,15 +225,6 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 # Duplicates
 
 
-class DuplicatePair(NamedTuple):
-    """Two images by split and index; `difference` is 1 - correlation, 0 for equal pixels."""
-
-    first: tuple[str, int]
-    second: tuple[str, int]
-    kind: str
-    difference: float
-
-
 @dataclass(frozen=True)
 class Duplicates:
     """Images are numbered across all splits; a copy is paired only with its first occurrence, and
@@ -253,7 +245,7 @@ class Duplicates:
         """The first image number of each split, and the total, int64 (num_splits + 1,)."""
         return np.cumsum([0, *map(len, self.splits.values())])
 
-    def locate(self, image: int) -> tuple[str, int]:
+    def locate(self, image: int) -> Place:
         place = int(np.searchsorted(self.offsets, image, side="right")) - 1
         return list(self.splits)[place], int(image - self.offsets[place])
 
@@ -262,10 +254,11 @@ class Duplicates:
         labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
         return labels[self.pairs["first"]] != labels[self.pairs["second"]]
 
-    def most_different_first(self) -> Iterator[DuplicatePair]:
+    def most_different_first(self) -> Iterator[tuple[Place, Place, str, float]]:
+        """Yields two images, kind and difference: 1 - correlation, 0 for equal pixels."""
         order = np.lexsort((self.pairs["kind"] == 0, -self.pairs["difference"]))
         for first, second, kind, difference in self.pairs[order].tolist():
-            yield DuplicatePair(self.locate(first), self.locate(second), KINDS[kind], difference)
+            yield self.locate(first), self.locate(second), KINDS[kind], difference
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
@@ -361,11 +354,8 @@ def find_duplicates(
     return Duplicates(splits, pairs, num_plain, distance)
 
 
-def _pairs(first: np.ndarray, second: np.ndarray, kind: Any, difference: Any) -> np.ndarray:
-    pairs = np.empty(len(first), dtype=PAIRS)
-    pairs["first"], pairs["second"] = first, second
-    pairs["kind"], pairs["difference"] = kind, difference
-    return pairs
+def _pairs(*columns: Any) -> np.ndarray:
+    return np.rec.fromarrays(np.broadcast_arrays(*columns), dtype=PAIRS)
 
 
 def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
