@@ -91,10 +91,9 @@ class ImageFiles:
     def read(self, index: int) -> bytes:
         path = self.item_name(index)
         try:
-            if not os.path.exists(path) and archive.is_archive(path):
-                data = archive.read(path)
-                if data is not None:
-                    return data
+            data = None if os.path.exists(path) else archive.read(path)
+            if data is not None:
+                return data
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a named pipe must not block
             with open(path, "rb", opener=lambda path, _: os.open(path, flags)) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -135,9 +135,7 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    inside = None
-    if not os.path.isdir(folder) and archive.is_archive(folder):
-        inside = archive.entries(folder)
+    inside = None if os.path.isdir(folder) else archive.entries(folder)
     if inside is not None:
         found = [*inside.items()]
     else:
