@@ -21,10 +21,11 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 from rich import filesize
+from torch.utils.data import BatchSampler
 
 from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK, EncodedImage
-from allmlp.data.loader import Images, Sample, in_order, load
+from allmlp.data.loader import Images, Sample, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
 from allmlp.io import atomic_write_all, csv_text
@@ -183,8 +184,8 @@ def scan(
         if workers is None:  # for few images they do not pay off
             workers = min(8, cores_of_process()) if len(source) > 500 else 0
         found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
-        images = Images(source, _facts_of)
-        for facts, bad in load(images, in_order(source, 64), workers, collate_fn=_collate):
+        batches = BatchSampler(range(len(source)), 64, drop_last=False)
+        for facts, bad in load(Images(source, _facts_of), batches, workers, collate_fn=_collate):
             found[name].facts[at : at + len(facts)] = facts
             found[name].unreadable.extend(bad)
             at += len(facts)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
@@ -197,12 +197,8 @@ def evaluation_batches(
     num_workers = choose_workers(num_workers, source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
     images = Images(source, functools.partial(_for_evaluation, preprocessing), preprocessing)
-    return load(images, in_order(source, batch_size), num_workers, batch_bytes, timeout)
-
-
-def in_order(source: Source, batch_size: int) -> Iterator[range]:
-    indices = range(len(source))
-    return (indices[at : at + batch_size] for at in indices[::batch_size])
+    batches = BatchSampler(range(len(source)), batch_size, drop_last=False)
+    return load(images, batches, num_workers, batch_bytes, timeout)
 
 
 def _image_bytes(preprocessing: Preprocessing) -> int:
