@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -23,11 +23,13 @@ import numpy as np
 from rich import filesize
 from torch.utils.data import BatchSampler
 
+from allmlp.console import table_of
 from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.loader import Images, Sample, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
+from allmlp.errors import plural, some_of
 from allmlp.io import atomic_write_all, csv_text
 from allmlp.runtime.device import cores_of_process
 
@@ -63,6 +65,7 @@ Place = tuple[str, int]  # split and index of an image
 _PROTECTED = ("test", "validation")  # never excluded because of a split further right
 _BATCH = 2048  # thumbnails per comparison
 _BLOCK = 2**18  # hashes per comparison
+_MOST = 20  # lines shown per list
 _WHY = ("same file as", "same pixels as", "near duplicate of")  # by kind
 
 
@@ -160,6 +163,90 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
         texts["duplicates.csv"] = csv_text(rows)
     atomic_write_all({folder / name: text for name, text in texts.items()})
     return list(texts)
+
+
+def _row_of(name: str, split: Mapping[str, Any]) -> dict[str, str]:
+    counts = [count for count in split["class_counts"].values() if count] or [0]
+    sizes = {rank: f"{height}x{width}" for rank, (height, width) in split["sizes"].items()}
+    return {
+        "split": name,
+        "images": f"{split['num_images']:,}",
+        "classes": f"{len(counts):,}",
+        "per class": " to ".join(f"{n:,}" for n in dict.fromkeys((min(counts), max(counts)))),
+        "bytes": filesize.decimal(split["num_bytes"]),
+        "smallest HxW": sizes.get("smallest", ""),
+        "median": sizes.get("median", ""),
+        "largest": sizes.get("largest", ""),
+    }
+
+
+def report_lines(
+    values: Mapping[str, Any], duplicates: Duplicates | None, problems: list[str] | None
+) -> Iterator[str]:
+    """Yields what there is in the splits, and what is wrong with it."""
+    splits = values["splits"]
+    yield f"data     {values['source']}\n"
+    yield from table_of(_row_of(name, split) for name, split in splits.items())
+    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
+    yield f"\nclasses: {some_of(list(names), _MOST)}"
+    yield from (f"note: {note}" for note in values["notes"])
+    yield ""
+    for name, split in splits.items():
+        yield f"{name}: {counted({**split['formats'], **split['modes']})}"
+        if split["labels_per_image"]:
+            numbers = split["labels_per_image"].items()
+            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
+            yield f"  labels per image: {per_image}"
+            yield f"  images per class: {counted(split['class_counts'])}"
+        missing = [kind for kind, count in split["class_counts"].items() if not count]
+        if missing:
+            yield f"  classes without images: {some_of(missing, _MOST)}"
+    dark = f"nearly black: no sample above {DARK:,} of 65,535"
+    for key, what in {
+        "unreadable": "unreadable images",
+        "tiny": f"tiny images, a side under {TINY_SIDE} px",
+        "huge": f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB",
+        "dark": f"16-bit images, {dark} (scale 12 bits up by 16, and save the images again)",
+    }.items():
+        images = [(name, image) for name, split in splits.items() for image in split[key]]
+        lines = [f"{at}[{im['index']}] {im['name']}: {im['what']}" for at, im in images]
+        if lines or key == "unreadable":
+            yield from _listed(what, lines)
+    if values["shared_groups"]:
+        yield from _listed("groups in several splits (leakage)", values["shared_groups"])
+    if duplicates is not None:
+        yield from _lines_of(duplicates, values["duplicates"])
+    if problems is not None:
+        yield from _listed("problems of the packed data", problems)
+
+
+def _lines_of(found: Duplicates, described: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\nduplicates: {plural(len(found), 'pair')}"
+    if len(found):
+        kinds = counted(Counter(KINDS[kind] for kind in found.pairs["kind"].tolist()))
+        yield f"{kinds}; images of a split (row) that have a duplicate in a split (column):"
+        yield from table_of(
+            {"split": name} | {f"in {other}": f"{n:,}" for other, n in row.items()}
+            for name, row in described["images_with_a_duplicate"].items()
+        )
+        yield f"of different classes: {plural(described['pairs_of_other_classes'], 'pair')}"
+    if found.num_plain:
+        why = "have hardly any texture or fewer than 16 pixels a side"
+        yield f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only"
+    if found.distance < DISTANCE:
+        how = f"to {found.distance} bits of the hash" if found.distance >= 0 else "to equal pixels"
+        yield f"very many images are alike: near duplicates were looked for up {how} only"
+
+
+def counted(counts: Mapping[Any, int]) -> str:
+    return some_of([f"{kind} {count:,}" for kind, count in counts.items()], _MOST)
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    yield f"\n{title}: {len(lines):,}"
+    yield from (f"  {line}" for line in lines[:_MOST])
+    if len(lines) > _MOST:
+        yield f"  ... and {len(lines) - _MOST:,} more"
 
 
 # The pass
