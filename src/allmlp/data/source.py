@@ -221,8 +221,6 @@ class Joined:
         return self._starts[-1]
 
     def _at(self, index: int) -> tuple[Images, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         at = bisect_right(self._starts, index) - 1
         return self.parts[at], index - self._starts[at]
 

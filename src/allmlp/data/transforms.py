@@ -20,7 +20,6 @@ from allmlp.data.source import Source, array_shape
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ATTEMPTS = 100  # as in TensorFlow
 
 
@@ -45,7 +44,7 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
     x_scale, y_scale = given_width / resized_width, given_height / resized_height
     left, top = (resized_width - width) // 2, (resized_height - height) // 2
     box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
-    resampling = _FILTERS[preprocessing.interpolation]
+    resampling = Image.Resampling[preprocessing.interpolation.upper()]
     resized = np.array(to_pillow(pixels).resize((width, height), resampling, box=box))
     return resized.reshape(height, width, -1)
 

@@ -79,9 +79,7 @@ class ArrayRows:
 
 
 def _grid(values: np.ndarray) -> np.ndarray:
-    if values.ndim == 4:
-        return values
-    return values[:, None, None, :] if values.ndim == 2 else values[:, :, None, :]
+    return np.expand_dims(values, {2: (1, 2), 3: (2,), 4: ()}[values.ndim])
 
 
 def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
