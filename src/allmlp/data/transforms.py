@@ -59,9 +59,7 @@ def model_input(
     image = EncodedImage(data, where, own.channels, exif_orientation=own.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), own)
     raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
-    if own.permutation != "none":
-        pixels = permute(raw, own)[0].movedim(0, 2).numpy()
-    return normalize(raw, own), pixels
+    return normalize(raw, own), permute(raw, own)[0].movedim(0, 2).numpy()
 
 
 def check_input(source: Source, preprocessing: Preprocessing) -> None:
