@@ -117,8 +117,7 @@ def _tarred(path: str) -> Iterator[tuple[str, _Place]]:
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the files in a tar; raises TarError at a damaged header, which tarfile takes for the
-    end, and where the end is missing."""
+    """Yields the files in a tar; unlike tarfile, raises TarError if it is damaged or cut short."""
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
             cast(Any, tar).members = []  # tarfile would keep a list of all members

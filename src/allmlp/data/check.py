@@ -379,8 +379,7 @@ class Duplicates:
         return counts
 
     def to_exclude(self) -> Iterator[tuple[str, int, str]]:
-        """Yields (split, index, why) of the images to exclude to remove all duplicates; test and
-        validation images stay."""
+        """Yields (split, index, why) of the images without which there are no duplicates."""
         rows = self.pairs[self.pairs["kind"] != NEAR].tolist()
         original = {copy: (first, kind) for first, copy, kind, _ in rows}
         gone: set[int] = set()

@@ -97,12 +97,7 @@ def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarra
 def deal(
     labels: np.ndarray, groups: np.ndarray, fractions: tuple[float, ...], seed: int
 ) -> np.ndarray:
-    """Returns the part of every image, int64 (n,): whole groups, each class near the fractions.
-
-    Large groups first, in random order among equals: each to the part where it does least harm to
-    the sum over parts and classes of (images - wanted)^2 / wanted. The best of several orders. No
-    part below a half takes all images of a class, unless they are one group.
-    """
+    """Returns the part of every image, int64 (n,): whole groups, each class near the fractions."""
     if labels.ndim == 1:
         images, classes = np.arange(len(labels)), labels
     else:  # several labels an image: a further class, of all images, keeps the parts' sizes
@@ -116,6 +111,8 @@ def deal(
     wanted = np.outer(fractions, np.maximum(totals, 1))
     is_small = np.array(fractions) < 0.5
     random, best, least = np.random.default_rng(seed), None, np.inf
+    # Large groups first, each to the part where the sum over parts and classes of
+    # (images - wanted)^2 / wanted grows least; no small part takes all images of a class.
     for _ in range(max(1, min(_TRIES, 20_000 // num_groups))):
         order = random.permutation(num_groups)
         order = order[np.argsort(-sizes[order], kind="stable")]

@@ -224,8 +224,7 @@ class Images(Dataset[Sample]):
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
     def __getitem__(self, place: Any) -> Sample:
-        """Returns the image at an index, or of (epoch, index), in training, the first from there
-        that can be decoded."""
+        """Returns the image at an index; in training the first from there that can be decoded."""
         bad: list[BadImage] = []
         if self.seed is None:
             return self.decoded(place, bad), self.source.labels[place], place, bad
@@ -239,8 +238,7 @@ class Images(Dataset[Sample]):
         return None, 0, index, bad
 
     def decoded(self, index: int, bad: list[BadImage], *random: np.random.Generator) -> Any:
-        """Returns the transformed image, or None after adding it to `bad`; a row of an array is not
-        transformed."""
+        """Returns the transformed image, or a row of an array; None after adding it to `bad`."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:

@@ -60,8 +60,7 @@ class Order:
     balanced: bool = False  # draw all classes equally often, see `balanced_order`
 
     def places(self, steps: range, labels: np.ndarray) -> Iterator[list[tuple[int, ...]]]:
-        """Yields (epoch, index) of the images of each step; balanced with the place in the epoch,
-        since an image that comes again has other random numbers."""
+        """Yields (epoch, index) of each step's images, with the place in the epoch if balanced."""
         order_of = functools.partial(epoch_order, self.seed, num_images=len(labels))
         if self.balanced:
             order_of = balanced_order(self.seed, labels)
@@ -72,6 +71,7 @@ class Order:
             positions = [step * size + at for at in (*range(start, start + own), *before)]
             places = [divmod(position, len(labels)) for position in positions]
             yield [
+                # An image that comes again in an epoch has other random numbers.
                 (epoch, int(order_of(epoch)[place]), *[place] * self.balanced)
                 for epoch, place in places
             ]

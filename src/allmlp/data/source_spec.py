@@ -94,8 +94,7 @@ def split_named(name: str) -> str | None:
 
 
 def by_split(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Returns files by the split that their names ("x_test.parquet"), or else their folders if
-    there are several ("test/0.parquet"), have a word for, else train."""
+    """Returns files by the split in their names ("x_test.parquet") or in those of their folders."""
     found: dict[str, list[str]] = {}
     ordered = sorted(paths, key=lambda path: natural_order(str(path)))
     in_folders = len({path.parent for path in ordered}) > 1

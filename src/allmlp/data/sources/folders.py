@@ -94,11 +94,10 @@ def scan_images(
     passed_over: Counter[str] | None = None,
     above: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
-    Links are followed, except to one of the folders `above`."""
+    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`."""
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
-        return
+        return  # a link to a folder above
     for name, is_folder in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
         if is_folder:
