@@ -27,7 +27,7 @@ import torch
 import allmlp as am
 from allmlp.data.augment import mix
 from allmlp.data.loader import Batch, training_batches
-from allmlp.data.sampler import Order, step_generator
+from allmlp.data.sampler import STEP, Order, generator
 from allmlp.data.transforms import normalize
 from allmlp.models.layers import draw_stochastic_depth, preprocessing_of
 from allmlp.preprocessing import Preprocessing
@@ -103,7 +103,7 @@ class Parts:
 
     def step(self, number: int, batch: Batch) -> None:
         """As in a run: pixels scaled, images mixed, weights moved."""
-        config, random = self.config, step_generator(self.config.seed, number)
+        config, random = self.config, generator(self.config.seed, STEP, number)
         masks = torch.Generator().manual_seed(number)
         images = normalize(batch.images, preprocessing_of(self.model))
         targets = torch.nn.functional.one_hot(batch.labels, self.classes).float()

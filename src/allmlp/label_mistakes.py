@@ -211,9 +211,7 @@ def confident_learning(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the most probable other class, int64 (N,), and whether the label is suspected.
 
-    `probabilities` are (N, K), out of fold. An image is counted for the most probable of the
-    classes whose threshold it reaches: their mean probability over the images with that label. A
-    label is suspected only if its probability is below `unlikely` / K.
+    `probabilities` are (N, K), out of fold; a suspected label's is below `unlikely` / K.
     """
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0

@@ -383,9 +383,10 @@ def samples(source: Source, seed: int = 0) -> Figure:
 def duplicate_pairs(duplicates: Duplicates) -> Figure:
     """Returns pairs of duplicates side by side, most different first."""
     cells = []
-    for at, pair in enumerate(islice(duplicates.most_different_first(), _MAX_PAIRS)):
-        kind = pair.kind if pair.difference == 0 else f"{pair.kind} {pair.difference:.3f}"
-        for (split, index), last in ((pair.first, kind), (pair.second, " ")):
+    pairs = islice(duplicates.most_different_first(), _MAX_PAIRS)
+    for at, (first, second, kind, difference) in enumerate(pairs):
+        kind = kind if difference == 0 else f"{kind} {difference:.3f}"
+        for (split, index), last in ((first, kind), (second, " ")):
             source = duplicates.splits[split]
             caption = f"{escape(split)}[{index}]\n{shorten(source.label_text(index), 16)}\n{last}"
             cells.append((thumbnail(source, index), caption, _PAIR_COLORS[at % 2]))

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from allmlp.data import loader, workers
 from allmlp.data.image import EncodedImage
 from allmlp.data.loader import Batch, evaluation_batches, training_batches
-from allmlp.data.sampler import BalancedOrder, Order, locate
+from allmlp.data.sampler import Order
 from allmlp.data.source import Source, random_subset
 from allmlp.data.sources import open_splits
 from allmlp.data.transforms import inception_crop
@@ -79,9 +79,8 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 def test_every_image_once_before_any_comes_twice():
     for batch_size in (1, 6, 20, 33):
-        steps = Order(seed=0, batch_size=batch_size).positions(range(60))
-        positions = [position for step in steps for position in step]
-        order = [locate(0, position, 20)[1] for position in positions]
+        steps = Order(seed=0, batch_size=batch_size).places(range(60), np.zeros(20))
+        order = [index for step in steps for _, index in step]
         for epoch in range(len(order) // 20):
             assert sorted(order[20 * epoch : 20 * epoch + 20]) == list(range(20))
 
@@ -89,19 +88,18 @@ def test_every_image_once_before_any_comes_twice():
 def test_balanced_places():
     """An epoch has its length; every class the same number of places, every image of it too."""
     labels = np.repeat([4, 0, 1], [190, 10, 3])  # classes 2 and 3 have no images
-    order, first = BalancedOrder(7, labels), set()
-    for epoch in range(6):
-        indices = [order.locate(203 * epoch + n)[1] for n in range(203)]
+    order, first = Order(seed=7, batch_size=203, balanced=True), set()
+    for epoch, places in enumerate(order.places(range(6), labels)):
+        indices = [index for _, index, _ in places]
         assert sorted(np.bincount(labels[indices], minlength=5)) == [0, 0, 67, 68, 68]
         times = np.bincount(indices, minlength=203)
         for label in (4, 0, 1):
             assert np.ptp(times[labels == label]) <= 1
         first |= {index for index in indices if index < 190}
-        again = BalancedOrder(7, labels)  # from any start
-        assert [again.locate(203 * epoch + n)[1] for n in range(203)] == indices
+        assert [*order.places(range(epoch, epoch + 1), labels)] == [places]  # from any start
     assert len(first) > 150  # other images in every epoch
-    other = BalancedOrder(8, labels)
-    assert [other.locate(n)[1] for n in range(203)] != [order.locate(n)[1] for n in range(203)]
+    other = replace(order, seed=8)
+    assert next(other.places(range(1), labels)) != next(order.places(range(1), labels))
 
 
 def test_balanced_batches(class_folder: Path):

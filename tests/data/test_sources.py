@@ -14,7 +14,7 @@ import pytest
 
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
-from allmlp.data.source import EncodedImages, Source, labelled, unreadable
+from allmlp.data.source import EncodedImages, Source, labelled
 from allmlp.data.source_spec import SourceSpec, by_split, parse_name
 from allmlp.data.sources import is_data, names_source, open_source, open_splits, parquet
 from allmlp.data.sources.packed import pack_splits
@@ -27,6 +27,7 @@ from allmlp.data.sources.subset_file import (
     write_subset_file,
 )
 from allmlp.errors import UserError
+from allmlp.training.dataset import check_readable
 from conftest import draw, make_class_folder
 
 NAN = float("nan")
@@ -234,7 +235,7 @@ def test_files_that_cannot_be_read(class_folder: Path):
     os.mkfifo(folder / "pipe.png")
     source = open_splits(str(class_folder))["train"]
     (folder / "0.png").unlink()
-    found = unreadable(source)
+    found = check_readable(source, 1.0)
     assert {Path(image.name).name for image in found} == {"loop.jpg", "pipe.png", "3.png", "0.png"}
     assert all(source.item_name(image.index) == image.name for image in found)
 

@@ -3,7 +3,6 @@
 Fault tests 10 and 12, and 11 as far as it concerns several processes.
 """
 
-import functools
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 
 import allmlp as am
 import runs
-from allmlp.data.sampler import BalancedOrder, locate
+from allmlp.data.sampler import Order, epoch_order
 from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
 from conftest import draw, files, make_data
@@ -104,12 +102,10 @@ def train_two(data: Path, name: str, **changes: object) -> Path:
     return run
 
 
-every_image = functools.partial(locate, 0, num_images=20)
-
-
-def check_near(run: Path, single: Path, locate: Callable[..., Any] = every_image) -> None:
+def check_near(run: Path, single: Path, labels: Any = range(20), **order: Any) -> None:
     """The same images, and the same numbers but for how sums are rounded."""
-    expected = [[locate(step * 8 + n)[1] for n in range(8)] for step in range(30)]
+    steps = Order(seed=0, batch_size=8, **order).places(range(30), labels)
+    expected = [[place[1] for place in places] for places in steps]
     assert images_of(run) == images_of(single) == expected
     assert losses_of(run) == pytest.approx(losses_of(single), abs=1e-6, rel=0)
     for mine, other in zip(steps_of(run), steps_of(single), strict=True):
@@ -132,7 +128,7 @@ def check_near(run: Path, single: Path, locate: Callable[..., Any] = every_image
 def test_ddp_with_a_balanced_sampler(data: Path):
     one = train_one(data, "one sampler", data__balance="sampler")
     run = train_two(data, "two sampler", data__balance="sampler", **PARTS)
-    check_near(run, one, BalancedOrder(0, open_splits(str(data))["train"].labels).locate)
+    check_near(run, one, open_splits(str(data))["train"].labels, balanced=True)
 
 
 def test_ddp(single: Path, double: Path):
@@ -361,11 +357,11 @@ if os.environ["RANK"] == "1":
 BROKEN = """
 from allmlp.data import loader
 
-def decoded(self, index, bad, transform, decoded=loader.Images.decoded):
+def decoded(self, index, bad, *random, decoded=loader.Images.decoded):
     if index == 3:
         bad.append(loader.BadImage(index, "three.png", "broken"))
         return None
-    return decoded(self, index, bad, transform)
+    return decoded(self, index, bad, *random)
 
 patch.setattr(loader.Images, "decoded", decoded)
 """
@@ -374,7 +370,7 @@ patch.setattr(loader.Images, "decoded", decoded)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, rank: int):
     """One process reads image 3 first, and it is more than the allowed fraction of bad ones."""
-    order = [locate(0, position, 20)[1] for position in range(20)]
+    order = epoch_order(0, 0, 20)
     index = order[4 * rank + 1]
     text = BROKEN.replace("index == 3", f"index == {index}")
     config = run_config(data, tmp_path / "run", data__max_bad=0.0)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from allmlp.errors import UserError, plural, some_of
+from allmlp.errors import UserError, plural
 from allmlp.options import Done, Options
-
-if TYPE_CHECKING:
-    from allmlp.data.check import Duplicates
-
-_MOST = 20  # lines shown per list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +48,7 @@ class CheckOptions(Options):
 
 def check(source: str, options: CheckOptions) -> Done:
     from allmlp.console import Reporter
-    from allmlp.data.check import FILES, check_source, save_report
+    from allmlp.data.check import FILES, check_source, counted, report_lines, save_report
     from allmlp.data.fingerprint import exclude_list
     from allmlp.data.source_spec import parse_name
     from allmlp.data.sources import open_splits, packed, read_from
@@ -88,7 +83,7 @@ def check(source: str, options: CheckOptions) -> Done:
         )
     path = parse_name(source).path
     problems = packed.verify(path) if packed.is_packed(path) else None
-    for line in _lines(values, duplicates, problems):
+    for line in report_lines(values, duplicates, problems):
         report.say(line)
     if options.exclude is not None and duplicates is not None:
         excluded = list(duplicates.to_exclude())
@@ -98,7 +93,7 @@ def check(source: str, options: CheckOptions) -> Done:
         else:
             atomic_write(expand(options.exclude), text)
         counts = Counter(split for split, *_ in excluded)
-        report.say(f"\nto exclude  {options.exclude}: {_counted(counts) or 'no images'}")
+        report.say(f"\nto exclude  {options.exclude}: {counted(counts) or 'no images'}")
     if folder is None:
         report.say("\nfor complete lists, and figures of samples and duplicates: --output FOLDER")
     else:
@@ -106,99 +101,6 @@ def check(source: str, options: CheckOptions) -> Done:
         report.say(f"\nwritten  {folder}: {', '.join(written)}")
     is_bad = problems or any(split["unreadable"] for split in values["splits"].values())
     return Done({**values, "problems": problems or []}, 3 if is_bad else 0)
-
-
-def _row_of(name: str, split: Mapping[str, Any]) -> dict[str, str]:
-    from rich import filesize
-
-    counts = [count for count in split["class_counts"].values() if count] or [0]
-    sizes = {rank: f"{height}x{width}" for rank, (height, width) in split["sizes"].items()}
-    return {
-        "split": name,
-        "images": f"{split['num_images']:,}",
-        "classes": f"{len(counts):,}",
-        "per class": " to ".join(f"{n:,}" for n in dict.fromkeys((min(counts), max(counts)))),
-        "bytes": filesize.decimal(split["num_bytes"]),
-        "smallest HxW": sizes.get("smallest", ""),
-        "median": sizes.get("median", ""),
-        "largest": sizes.get("largest", ""),
-    }
-
-
-def _lines(
-    values: Mapping[str, Any], duplicates: Duplicates | None, problems: list[str] | None
-) -> Iterator[str]:
-    """Yields what there is in the splits, and what is wrong with it."""
-    from allmlp.console import table_of
-    from allmlp.data.check import HUGE_PIXELS, TINY_SIDE
-    from allmlp.data.image import DARK
-
-    splits = values["splits"]
-    yield f"data     {values['source']}\n"
-    yield from table_of(_row_of(name, split) for name, split in splits.items())
-    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
-    yield f"\nclasses: {some_of(list(names), _MOST)}"
-    yield from (f"note: {note}" for note in values["notes"])
-    yield ""
-    for name, split in splits.items():
-        yield f"{name}: {_counted({**split['formats'], **split['modes']})}"
-        if split["labels_per_image"]:
-            numbers = split["labels_per_image"].items()
-            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
-            yield f"  labels per image: {per_image}"
-            yield f"  images per class: {_counted(split['class_counts'])}"
-        missing = [kind for kind, count in split["class_counts"].items() if not count]
-        if missing:
-            yield f"  classes without images: {some_of(missing, _MOST)}"
-    dark = f"nearly black: no sample above {DARK:,} of 65,535"
-    for key, what in {
-        "unreadable": "unreadable images",
-        "tiny": f"tiny images, a side under {TINY_SIDE} px",
-        "huge": f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB",
-        "dark": f"16-bit images, {dark} (scale 12 bits up by 16, and save the images again)",
-    }.items():
-        images = [(name, image) for name, split in splits.items() for image in split[key]]
-        lines = [f"{at}[{im['index']}] {im['name']}: {im['what']}" for at, im in images]
-        if lines or key == "unreadable":
-            yield from _listed(what, lines)
-    if values["shared_groups"]:
-        yield from _listed("groups in several splits (leakage)", values["shared_groups"])
-    if duplicates is not None:
-        yield from _lines_of(duplicates)
-    if problems is not None:
-        yield from _listed("problems of the packed data", problems)
-
-
-def _lines_of(found: Duplicates) -> Iterator[str]:
-    from allmlp.console import table_of
-    from allmlp.data.check import DISTANCE, KINDS
-
-    yield f"\nduplicates: {plural(len(found), 'pair')}"
-    if len(found):
-        kinds = _counted(Counter(KINDS[kind] for kind in found.pairs["kind"].tolist()))
-        yield f"{kinds}; images of a split (row) that have a duplicate in a split (column):"
-        yield from table_of(
-            {"split": name} | {f"in {other}": f"{n:,}" for other, n in row.items()}
-            for name, row in found.counts().items()
-        )
-        yield f"of different classes: {plural(int(found.other_label().sum()), 'pair')}"
-    if found.num_plain:
-        why = "have hardly any texture or fewer than 16 pixels a side"
-        yield f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only"
-    if found.distance < DISTANCE:
-        how = f"to {found.distance} bits of the hash" if found.distance >= 0 else "to equal pixels"
-        yield f"very many images are alike: near duplicates were looked for up {how} only"
-
-
-def _counted(counts: Mapping[Any, int]) -> str:
-    return some_of([f"{kind} {count:,}" for kind, count in counts.items()], _MOST)
-
-
-def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
-    yield f"\n{title}: {len(lines):,}"
-    yield from (f"  {line}" for line in lines[:_MOST])
-    if len(lines) > _MOST:
-        yield f"  ... and {len(lines) - _MOST:,} more"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,18 +37,18 @@ _Index = tuple[dict[str, _Place], dict[str, dict[str, bool]]]
 
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
-    return _divided(os.fspath(path)) is not None
+    return _divided(os.fspath(path))[0] != ""
 
 
 def entries(path: str) -> dict[str, bool] | None:
     """Returns the names in a folder in an archive, with whether each is a folder, or None."""
-    archive, inside = _divided(path) or (path, "")
-    return _opened(archive)[1].get(inside)
+    archive, inside = _divided(path)
+    return _opened(archive)[1].get(inside) if archive else None
 
 
 def read(path: str) -> bytes | None:
-    archive, inside = _divided(path) or (path, "")
-    place = _opened(archive)[0].get(inside)
+    archive, inside = _divided(path)
+    place = _opened(archive)[0].get(inside) if archive else None
     if place is None:
         return None
     if max(place.size, place.stored) > _LARGEST:
@@ -73,14 +73,14 @@ def read(path: str) -> bytes | None:
     return data
 
 
-def _divided(path: str) -> tuple[str, str] | None:
-    """The archive's path and the path inside it; None if no part of the path is an archive."""
+def _divided(path: str) -> tuple[str, str]:
+    """The archive's path, empty if no part of the path is an archive, and the path inside it."""
     for found in re.finditer(r"(?i)\.(zip|tar|t[bgx]z2?|tar\.\w+)(?=[/\\]|$)", path):
         archive = path[: found.end()]
         if os.path.isfile(archive):
             inside = os.path.normpath(path[found.end() + 1 :] or ".").replace(os.sep, "/")
             return archive, "" if inside == "." else inside
-    return None
+    return "", ""
 
 
 def _opened(path: str) -> _Index:
@@ -117,8 +117,7 @@ def _tarred(path: str) -> Iterator[tuple[str, _Place]]:
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the files in a tar; raises TarError at a damaged header, which tarfile takes for the
-    end, and where the end is missing."""
+    """Yields the files in a tar; unlike tarfile, raises TarError if it is damaged or cut short."""
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
             cast(Any, tar).members = []  # tarfile would keep a list of all members

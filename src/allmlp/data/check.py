@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -21,12 +21,15 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 from rich import filesize
+from torch.utils.data import BatchSampler
 
+from allmlp.console import table_of
 from allmlp.data.groups import shared_groups
 from allmlp.data.image import DARK, EncodedImage
-from allmlp.data.loader import Images, in_order, load
+from allmlp.data.loader import Images, Sample, load
 from allmlp.data.source import BadImage, Source, only_images
 from allmlp.data.sources import notes_of
+from allmlp.errors import plural, some_of
 from allmlp.io import atomic_write_all, csv_text
 from allmlp.runtime.device import cores_of_process
 
@@ -58,9 +61,11 @@ KINDS = ("same file", "same pixels", "near")
 # Two images, the first before the second; index into `KINDS`; 1 - correlation of the thumbnails.
 PAIRS = np.dtype([("first", "i8"), ("second", "i8"), ("kind", "u1"), ("difference", "f4")])
 NEAR = KINDS.index("near")
+Place = tuple[str, int]  # split and index of an image
 _PROTECTED = ("test", "validation")  # never excluded because of a split further right
 _BATCH = 2048  # thumbnails per comparison
 _BLOCK = 2**18  # hashes per comparison
+_MOST = 20  # lines shown per list
 _WHY = ("same file as", "same pixels as", "near duplicate of")  # by kind
 
 
@@ -149,15 +154,99 @@ def save_report(values: Mapping[str, Any], found: Duplicates | None, folder: Pat
         columns = ("split", "index", "name", "class")
         ends = [f"{column}_{end}" for end in (1, 2) for column in columns]
         rows: list[list[object]] = [[*ends, "kind", "difference"]]
-        for pair in found.most_different_first():
+        for *images, kind, difference in found.most_different_first():
             cells: list[object] = []
-            for split, index in (pair.first, pair.second):
+            for split, index in images:
                 source = found.splits[split]
                 cells += [split, index, source.item_name(index), source.label_text(index)]
-            rows.append([*cells, pair.kind, f"{pair.difference:.4f}"])
+            rows.append([*cells, kind, f"{difference:.4f}"])
         texts["duplicates.csv"] = csv_text(rows)
     atomic_write_all({folder / name: text for name, text in texts.items()})
     return list(texts)
+
+
+def _row_of(name: str, split: Mapping[str, Any]) -> dict[str, str]:
+    counts = [count for count in split["class_counts"].values() if count] or [0]
+    sizes = {rank: f"{height}x{width}" for rank, (height, width) in split["sizes"].items()}
+    return {
+        "split": name,
+        "images": f"{split['num_images']:,}",
+        "classes": f"{len(counts):,}",
+        "per class": " to ".join(f"{n:,}" for n in dict.fromkeys((min(counts), max(counts)))),
+        "bytes": filesize.decimal(split["num_bytes"]),
+        "smallest HxW": sizes.get("smallest", ""),
+        "median": sizes.get("median", ""),
+        "largest": sizes.get("largest", ""),
+    }
+
+
+def report_lines(
+    values: Mapping[str, Any], duplicates: Duplicates | None, problems: list[str] | None
+) -> Iterator[str]:
+    """Yields what there is in the splits, and what is wrong with it."""
+    splits = values["splits"]
+    yield f"data     {values['source']}\n"
+    yield from table_of(_row_of(name, split) for name, split in splits.items())
+    names = dict.fromkeys(name for split in splits.values() for name in split["class_counts"])
+    yield f"\nclasses: {some_of(list(names), _MOST)}"
+    yield from (f"note: {note}" for note in values["notes"])
+    yield ""
+    for name, split in splits.items():
+        yield f"{name}: {counted({**split['formats'], **split['modes']})}"
+        if split["labels_per_image"]:
+            numbers = split["labels_per_image"].items()
+            per_image = ", ".join(f"{images:,} with {number}" for number, images in numbers)
+            yield f"  labels per image: {per_image}"
+            yield f"  images per class: {counted(split['class_counts'])}"
+        missing = [kind for kind, count in split["class_counts"].items() if not count]
+        if missing:
+            yield f"  classes without images: {some_of(missing, _MOST)}"
+    dark = f"nearly black: no sample above {DARK:,} of 65,535"
+    for key, what in {
+        "unreadable": "unreadable images",
+        "tiny": f"tiny images, a side under {TINY_SIDE} px",
+        "huge": f"huge images, over {HUGE_PIXELS // 10**6} megapixels or 20 MB",
+        "dark": f"16-bit images, {dark} (scale 12 bits up by 16, and save the images again)",
+    }.items():
+        images = [(name, image) for name, split in splits.items() for image in split[key]]
+        lines = [f"{at}[{im['index']}] {im['name']}: {im['what']}" for at, im in images]
+        if lines or key == "unreadable":
+            yield from _listed(what, lines)
+    if values["shared_groups"]:
+        yield from _listed("groups in several splits (leakage)", values["shared_groups"])
+    if duplicates is not None:
+        yield from _lines_of(duplicates, values["duplicates"])
+    if problems is not None:
+        yield from _listed("problems of the packed data", problems)
+
+
+def _lines_of(found: Duplicates, described: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\nduplicates: {plural(len(found), 'pair')}"
+    if len(found):
+        kinds = counted(Counter(KINDS[kind] for kind in found.pairs["kind"].tolist()))
+        yield f"{kinds}; images of a split (row) that have a duplicate in a split (column):"
+        yield from table_of(
+            {"split": name} | {f"in {other}": f"{n:,}" for other, n in row.items()}
+            for name, row in described["images_with_a_duplicate"].items()
+        )
+        yield f"of different classes: {plural(described['pairs_of_other_classes'], 'pair')}"
+    if found.num_plain:
+        why = "have hardly any texture or fewer than 16 pixels a side"
+        yield f"{plural(found.num_plain, 'image')} {why}: compared for equal pixels only"
+    if found.distance < DISTANCE:
+        how = f"to {found.distance} bits of the hash" if found.distance >= 0 else "to equal pixels"
+        yield f"very many images are alike: near duplicates were looked for up {how} only"
+
+
+def counted(counts: Mapping[Any, int]) -> str:
+    return some_of([f"{kind} {count:,}" for kind, count in counts.items()], _MOST)
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    yield f"\n{title}: {len(lines):,}"
+    yield from (f"  {line}" for line in lines[:_MOST])
+    if len(lines) > _MOST:
+        yield f"  ... and {len(lines) - _MOST:,} more"
 
 
 # The pass
@@ -182,7 +271,8 @@ def scan(
         if workers is None:  # for few images they do not pay off
             workers = min(8, cores_of_process()) if len(source) > 500 else 0
         found[name], at = Scan(np.zeros(len(source), dtype=FACTS), []), 0
-        for facts, bad in load(_Facts(source), in_order(source, 64), workers):
+        batches = BatchSampler(range(len(source)), 64, drop_last=False)
+        for facts, bad in load(Images(source, _facts_of), batches, workers, collate_fn=_collate):
             found[name].facts[at : at + len(facts)] = facts
             found[name].unreadable.extend(bad)
             at += len(facts)
@@ -190,14 +280,10 @@ def scan(
     return found
 
 
-class _Facts(Images):
-    def load(self, place: int) -> tuple[np.ndarray, list[BadImage]]:
-        bad: list[BadImage] = []
-        facts = self.decoded(place, bad, _facts_of)
-        return np.zeros((), dtype=FACTS) if facts is None else facts, bad
-
-    def collate(self, samples: list[Any]) -> tuple[np.ndarray, list[BadImage]]:
-        return np.stack([facts for facts, _ in samples]), [bad for _, own in samples for bad in own]
+def _collate(samples: list[Sample]) -> tuple[np.ndarray, list[BadImage]]:
+    unread = np.zeros((), dtype=FACTS)
+    facts = np.stack([unread if facts is None else facts for facts, *_ in samples])
+    return facts, [image for *_, bad in samples for image in bad]
 
 
 def _facts_of(image: EncodedImage) -> np.ndarray:
@@ -227,15 +313,6 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 # Duplicates
 
 
-class DuplicatePair(NamedTuple):
-    """Two images by split and index; `difference` is 1 - correlation, 0 for equal pixels."""
-
-    first: tuple[str, int]
-    second: tuple[str, int]
-    kind: str
-    difference: float
-
-
 @dataclass(frozen=True)
 class Duplicates:
     """Images are numbered across all splits; a copy is paired only with its first occurrence, and
@@ -256,7 +333,7 @@ class Duplicates:
         """The first image number of each split, and the total, int64 (num_splits + 1,)."""
         return np.cumsum([0, *map(len, self.splits.values())])
 
-    def locate(self, image: int) -> tuple[str, int]:
+    def locate(self, image: int) -> Place:
         place = int(np.searchsorted(self.offsets, image, side="right")) - 1
         return list(self.splits)[place], int(image - self.offsets[place])
 
@@ -265,10 +342,11 @@ class Duplicates:
         labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
         return labels[self.pairs["first"]] != labels[self.pairs["second"]]
 
-    def most_different_first(self) -> Iterator[DuplicatePair]:
+    def most_different_first(self) -> Iterator[tuple[Place, Place, str, float]]:
+        """Yields two images, kind and difference: 1 - correlation, 0 for equal pixels."""
         order = np.lexsort((self.pairs["kind"] == 0, -self.pairs["difference"]))
         for first, second, kind, difference in self.pairs[order].tolist():
-            yield DuplicatePair(self.locate(first), self.locate(second), KINDS[kind], difference)
+            yield self.locate(first), self.locate(second), KINDS[kind], difference
 
     @cached_property
     def partners(self) -> dict[int, dict[str, list[int]]]:
@@ -301,8 +379,7 @@ class Duplicates:
         return counts
 
     def to_exclude(self) -> Iterator[tuple[str, int, str]]:
-        """Yields (split, index, why) of the images to exclude to remove all duplicates; test and
-        validation images stay."""
+        """Yields (split, index, why) of the images without which there are no duplicates."""
         rows = self.pairs[self.pairs["kind"] != NEAR].tolist()
         original = {copy: (first, kind) for first, copy, kind, _ in rows}
         gone: set[int] = set()
@@ -364,11 +441,8 @@ def find_duplicates(
     return Duplicates(splits, pairs, num_plain, distance)
 
 
-def _pairs(first: np.ndarray, second: np.ndarray, kind: Any, difference: Any) -> np.ndarray:
-    pairs = np.empty(len(first), dtype=PAIRS)
-    pairs["first"], pairs["second"] = first, second
-    pairs["kind"], pairs["difference"] = kind, difference
-    return pairs
+def _pairs(*columns: Any) -> np.ndarray:
+    return np.rec.fromarrays(np.broadcast_arrays(*columns), dtype=PAIRS)
 
 
 def near_pairs(hashes: np.ndarray, distance: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:

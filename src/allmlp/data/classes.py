@@ -100,8 +100,7 @@ def split_labels(
 def make_classes(
     raw: RawLabels, *, are_numbers: bool = False
 ) -> tuple[list[str], np.ndarray] | None:
-    """Returns the class names and the labels, int64 or multi-hot; None if no image has a label.
-    Numbers for a label rule may be -1, and 9 beside 9.0."""
+    """Returns the class names and the labels, int64 or multi-hot; None if no image has a label."""
     where = raw.where
     if raw.are_classes:
         names = [str(name) for name in raw.values]
@@ -132,7 +131,7 @@ def make_classes(
         texts[code] = own
         for text in own:
             rows.setdefault(text, row)
-    if not are_numbers:
+    if not are_numbers:  # which may be -1, and 9 beside 9.0
         check_twins(rows, lambda name: where(rows[name]))
         # {-1, 1} and {-2, -1} are valid class sets; next to 0, 1, ... -1 means unlabelled.
         others = rows.keys() - {"-1"}

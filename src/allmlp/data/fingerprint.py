@@ -20,6 +20,7 @@ from allmlp.errors import UserError
 from allmlp.names import is_format
 
 _TITLE = "# allmlp drop list 1"
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _FIX = "Make the list again with mixer data check or mixer data mistakes"
 
 
@@ -63,7 +64,8 @@ def exclude_list(
     rows += [("# split", split, len(own), _checksum(own)) for split, own in names.items()]
     rows.append(("# Delete a line to keep that image; change nothing else.",))
     rows += [(split, index, names[split][index], why) for split, index, why in images]
-    return "".join("\t".join(_escape(str(cell)) for cell in row) + "\n" for row in rows)
+    escapes = str.maketrans(_ESCAPES)
+    return "".join("\t".join(str(cell).translate(escapes) for cell in row) + "\n" for row in rows)
 
 
 def _checksum(names: list[str]) -> str:
@@ -117,10 +119,6 @@ def exclude(source: Source, excluded: ExcludeList, split: str) -> Source:
     return subset(source, np.delete(np.arange(len(own)), list(mine)), source.name)
 
 
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-
-
 def _unescape(text: str) -> str:
-    letters = {"t": "\t", "n": "\n", "r": "\r"}
+    letters = {escape[1]: letter for letter, escape in _ESCAPES.items()}
     return re.sub(r"\\(.)", lambda found: letters.get(found[1], found[1]), text)

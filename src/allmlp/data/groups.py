@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 
 import numpy as np
@@ -40,23 +40,20 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[np.ndarray
 def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices (kept, held out): of every class `fraction`, but some on either side."""
     side = np.full(len(labels), -1)  # 1: held out
-    for members in _members(labels, np.random.default_rng(seed)):
+    random = np.random.default_rng(seed)
+    if labels.ndim == 1:
+        classes = [random.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels)]
+    else:  # the rarest first
+        order = random.permutation(len(labels))
+        columns = labels[:, np.argsort(labels.sum(axis=0), kind="stable")][order].T
+        classes = [order[own] for own in (*columns, ~columns.any(axis=0))]
+    for members in classes:
         if len(members) > 1:
             number = min(max(round(fraction * len(members)), 1), len(members) - 1)
             undecided = members[side[members] < 0]
             missing = max(0, number - int((side[members] == 1).sum()))
             side[undecided] = np.arange(len(undecided)) < missing
     return np.flatnonzero(side < 1), np.flatnonzero(side == 1)
-
-
-def _members(labels: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
-    if labels.ndim == 1:
-        yield from (random.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels))
-        return
-    order = random.permutation(len(labels))
-    for column in np.argsort(labels.sum(axis=0), kind="stable"):
-        yield order[labels[order, column]]
-    yield order[~labels[order].any(axis=1)]
 
 
 def deal_folds(source: Source, number: int, seed: int = 0) -> tuple[np.ndarray, str]:
@@ -100,12 +97,7 @@ def stratified_folds(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarra
 def deal(
     labels: np.ndarray, groups: np.ndarray, fractions: tuple[float, ...], seed: int
 ) -> np.ndarray:
-    """Returns the part of every image, int64 (n,): whole groups, each class near the fractions.
-
-    Large groups first, in random order among equals: each to the part where it does least harm to
-    the sum over parts and classes of (images - wanted)^2 / wanted. The best of several orders. No
-    part below a half takes all images of a class, unless they are one group.
-    """
+    """Returns the part of every image, int64 (n,): whole groups, each class near the fractions."""
     if labels.ndim == 1:
         images, classes = np.arange(len(labels)), labels
     else:  # several labels an image: a further class, of all images, keeps the parts' sizes
@@ -119,6 +111,8 @@ def deal(
     wanted = np.outer(fractions, np.maximum(totals, 1))
     is_small = np.array(fractions) < 0.5
     random, best, least = np.random.default_rng(seed), None, np.inf
+    # Large groups first, each to the part where the sum over parts and classes of
+    # (images - wanted)^2 / wanted grows least; no small part takes all images of a class.
     for _ in range(max(1, min(_TRIES, 20_000 // num_groups))):
         order = random.permutation(num_groups)
         order = order[np.argsort(-sizes[order], kind="stable")]

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from allmlp.data import workers
 from allmlp.data.image import EncodedImage
-from allmlp.data.sampler import Order, sample_generator
+from allmlp.data.sampler import SAMPLE, Order, generator
 from allmlp.data.source import BadImage, Source, array_row, array_shape
 from allmlp.data.transforms import check_input, resize_for_evaluation
 from allmlp.errors import UserError, between
@@ -157,7 +157,7 @@ def training_batches(
     A bad image is replaced by the next good one and listed in `Batch.bad`; a worker that dies, or
     gives no batch for `timeout` seconds (0: forever), raises an error that names it.
     """
-    images = _Samples(source, preprocessing, transform, order.seed)
+    images = Images(source, transform, preprocessing, order.seed)
     # In the main process: every worker would otherwise hold the order of all images.
     places = order.places(steps, source.labels)
     num_workers = choose_workers(num_workers, source, preprocessing, 1)  # decodes during the step
@@ -196,13 +196,9 @@ def evaluation_batches(
     check_input(source, preprocessing)
     num_workers = choose_workers(num_workers, source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
-    images = _Samples(source, preprocessing)
-    return load(images, in_order(source, batch_size), num_workers, batch_bytes, timeout)
-
-
-def in_order(source: Source, batch_size: int) -> Iterator[range]:
-    indices = range(len(source))
-    return (indices[at : at + batch_size] for at in indices[::batch_size])
+    images = Images(source, functools.partial(_for_evaluation, preprocessing), preprocessing)
+    batches = BatchSampler(range(len(source)), batch_size, drop_last=False)
+    return load(images, batches, num_workers, batch_bytes, timeout)
 
 
 def _image_bytes(preprocessing: Preprocessing) -> int:
@@ -210,20 +206,39 @@ def _image_bytes(preprocessing: Preprocessing) -> int:
     return height * width * preprocessing.channels * (4 if preprocessing.kind == "arrays" else 1)
 
 
-class Images(Dataset[Any]):
+class Images(Dataset[Sample]):
     """A source as a DataLoader data set, with a table of what each worker is doing."""
 
-    def __init__(self, source: Source, channels: int = 3, *, exif_orientation: bool = True) -> None:
-        self.source, self.channels, self.exif_orientation = source, channels, exif_orientation
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[..., Any],
+        rules: Preprocessing | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.channels = 3 if rules is None else rules.channels
+        self.exif_orientation = rules is None or rules.exif_orientation
         self.are_arrays = array_shape(source) is not None
         # Per worker: process id, current image (-1: none), start time (ns).
         self.watched = torch.empty(0, 3, dtype=torch.int64)
 
-    def decoded(
-        self, index: int, bad: list[BadImage], transform: Callable[[EncodedImage], Any]
-    ) -> Any:
-        """Returns the transformed image, or None after adding it to `bad`; a row of an array is not
-        transformed."""
+    def __getitem__(self, place: Any) -> Sample:
+        """Returns the image at an index; in training the first from there that can be decoded."""
+        bad: list[BadImage] = []
+        if self.seed is None:
+            return self.decoded(place, bad), self.source.labels[place], place, bad
+        epoch, index, *more = place
+        for step in range(len(self.source)):
+            chosen = (index + step) % len(self.source)
+            random = generator(self.seed, SAMPLE, epoch, index, *more)
+            pixels = self.decoded(chosen, bad, random)
+            if pixels is not None:
+                return pixels, self.source.labels[chosen], chosen, bad
+        return None, 0, index, bad
+
+    def decoded(self, index: int, bad: list[BadImage], *random: np.random.Generator) -> Any:
+        """Returns the transformed image, or a row of an array; None after adding it to `bad`."""
         name = self.source.item_name(index)
         worker = get_worker_info()
         if worker is not None:
@@ -232,23 +247,14 @@ class Images(Dataset[Any]):
             if self.are_arrays:
                 return array_row(self.source, index).transpose(1, 2, 0)
             data, upright = self.source.read(index), self.exif_orientation
-            return transform(EncodedImage(data, name, self.channels, exif_orientation=upright))
+            image = EncodedImage(data, name, self.channels, exif_orientation=upright)
+            return self.transform(image, *random)
         except UserError as error:
             bad.append(BadImage(index, name, error.what))
             return None
-
-    def __getitem__(self, place: Any) -> Any:
-        sample = self.load(place)
-        worker = get_worker_info()
-        if worker is not None:
-            self.watched.numpy()[worker.id, 1] = -1
-        return sample
-
-    def load(self, place: Any) -> Any:
-        raise NotImplementedError
-
-    def collate(self, samples: list[Sample]) -> Any:
-        return collate(samples)
+        finally:
+            if worker is not None:
+                self.watched.numpy()[worker.id, 1] = -1
 
     def suspect(self, message: str) -> str:
         """Returns which worker a DataLoader error refers to, and its current image."""
@@ -266,33 +272,8 @@ class Images(Dataset[Any]):
         return f"worker process {number}, {what}"
 
 
-class _Samples(Images):
-    def __init__(
-        self,
-        source: Source,
-        rules: Preprocessing,
-        transform: TrainingTransform | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(source, rules.channels, exif_orientation=rules.exif_orientation)
-        self.rules, self.transform, self.seed = rules, transform, seed
-
-    def load(self, place: Any) -> Sample:
-        bad: list[BadImage] = []
-        transform = self.transform
-        if transform is None:
-            pixels = self.decoded(
-                place, bad, lambda image: resize_for_evaluation(image.decode(), self.rules)
-            )
-            return pixels, self.source.labels[place], place, bad
-        epoch, index, *more = place
-        for step in range(len(self.source)):  # this image, or the next that can be decoded
-            chosen = (index + step) % len(self.source)
-            random = sample_generator(self.seed, epoch, index, *more)
-            pixels = self.decoded(chosen, bad, lambda image, own=random: transform(image, own))
-            if pixels is not None:
-                return pixels, self.source.labels[chosen], chosen, bad
-        return None, 0, index, bad
+def _for_evaluation(preprocessing: Preprocessing, image: EncodedImage) -> np.ndarray:
+    return resize_for_evaluation(image.decode(), preprocessing)
 
 
 def load(
@@ -304,6 +285,7 @@ def load(
     *,
     pin_memory: bool = False,
     ahead: int = 2,
+    collate_fn: Callable[[list[Sample]], Any] | None = None,
 ) -> Iterator[Any]:
     """Yields batches of images, loaded by worker processes if there are any, so many ahead."""
     between("num_workers", num_workers, 0, most_workers())
@@ -321,7 +303,7 @@ def load(
             images,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]  (any iterable of lists)
             num_workers=num_workers,
-            collate_fn=images.collate,
+            collate_fn=collate_fn or collate,
             timeout=1.0 if num_workers else 0,  # between looks at the workers
             worker_init_fn=functools.partial(workers.start_worker, images.watched, closing),
             multiprocessing_context=workers.worker_context() if num_workers else None,

@@ -63,7 +63,6 @@ def equalize(pixels: np.ndarray, _: float, __: object) -> np.ndarray:
 
 
 def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
-    """Increases the saturation or, below magnitude 5, reduces it."""
     if pixels.shape[2] == 1:
         return pixels
     grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -71,7 +70,6 @@ def color(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
 
 
 def contrast(pixels: np.ndarray, magnitude: float, _: object) -> np.ndarray:
-    """Blends towards or away from the grey level (number of pixels) / 256."""
     shade = np.float32(min(pixels.shape[0] * pixels.shape[1] // 256, 255))
     values = _VALUES.astype(np.float32)  # as in Pillow, for equal fractions
     return _look_up(pixels, shade + np.float32(_factor(magnitude)) * (values - shade))

@@ -10,7 +10,7 @@ import os
 import stat
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from allmlp.data import archive
-from allmlp.data.image import EncodedImage
 from allmlp.errors import UserError
 
 MARK = "|"  # between several labels of an image
@@ -91,10 +90,9 @@ class ImageFiles:
     def read(self, index: int) -> bytes:
         path = self.item_name(index)
         try:
-            if not os.path.exists(path) and archive.is_archive(path):
-                data = archive.read(path)
-                if data is not None:
-                    return data
+            data = None if os.path.exists(path) else archive.read(path)
+            if data is not None:
+                return data
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a named pipe must not block
             with open(path, "rb", opener=lambda path, _: os.open(path, flags)) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -223,8 +221,6 @@ class Joined:
         return self._starts[-1]
 
     def _at(self, index: int) -> tuple[Images, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         at = bisect_right(self._starts, index) - 1
         return self.parts[at], index - self._starts[at]
 
@@ -332,18 +328,3 @@ def check_one_label(sources: Iterable[Source], what: str) -> None:
             fix = f"If each image has one, with {MARK} in its name: SOURCE#labels=single"
             what = f"{what} needs one label per image; {source.name} has several"
             raise UserError(what, where=source.name, fix=fix, code="multi-label")
-
-
-def unreadable(source: Source, on_read: Callable[[bytes], None] | None = None) -> list[BadImage]:
-    """Returns the images with unreadable headers; `on_read` gets the bytes of the others."""
-    found: list[BadImage] = []
-    for index in range(len(source)):
-        try:
-            encoded = source.read(index)
-            if array_shape(source) is None:
-                EncodedImage(encoded, source.item_name(index))
-            if on_read is not None:
-                on_read(encoded)
-        except UserError as error:
-            found.append(BadImage(index, source.item_name(index), error.what))
-    return found

@@ -94,24 +94,21 @@ def split_named(name: str) -> str | None:
 
 
 def by_split(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Returns files by the split that their names ("x_test.parquet"), or else their folders if
-    there are several ("test/0.parquet"), have a word for, else train."""
+    """Returns files by the split in their names ("x_test.parquet") or in those of their folders."""
     found: dict[str, list[str]] = {}
     ordered = sorted(paths, key=lambda path: natural_order(str(path)))
     in_folders = len({path.parent for path in ordered}) > 1
     for path in ordered:
-        found.setdefault(split_of_file(path, in_folders), []).append(str(path))
+        parts = re.split(r"[-_.:]", path.name.casefold())
+        words = [split for split, names in SPLITS.items() if not set(names).isdisjoint(parts)]
+        if len(words) > 1:
+            what = f"the file's name has words for several splits: {path.name}"
+            fix = "Rename the file, for example to NAME-train.parquet"
+            raise UserError(what, where=path, fix=fix)
+        of_folder = split_named(path.parent.name) if in_folders else None
+        split = words[0] if words else of_folder or "train"
+        found.setdefault(split, []).append(str(path))
     return {split: found[split] for split in SPLITS if split in found}
-
-
-def split_of_file(path: Path, in_folders: bool = False) -> str:
-    found = re.split(r"[-_.:]", path.name.casefold())
-    words = {split for split, names in SPLITS.items() if not set(names).isdisjoint(found)}
-    if len(words) > 1:
-        what = f"the file's name has words for several splits: {path.name}"
-        raise UserError(what, where=path, fix="Rename the file, for example to NAME-train.parquet")
-    of_folder = split_named(path.parent.name) if in_folders else None
-    return words.pop() if words else of_folder or "train"
 
 
 def part_of(source: Source, text: str, name: str) -> Source:

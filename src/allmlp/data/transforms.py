@@ -20,7 +20,6 @@ from allmlp.data.source import Source, array_shape
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ATTEMPTS = 100  # as in TensorFlow
 
 
@@ -45,7 +44,7 @@ def resize_for_evaluation(pixels: np.ndarray, preprocessing: Preprocessing) -> n
     x_scale, y_scale = given_width / resized_width, given_height / resized_height
     left, top = (resized_width - width) // 2, (resized_height - height) // 2
     box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
-    resampling = _FILTERS[preprocessing.interpolation]
+    resampling = Image.Resampling[preprocessing.interpolation.upper()]
     resized = np.array(to_pillow(pixels).resize((width, height), resampling, box=box))
     return resized.reshape(height, width, -1)
 
@@ -60,9 +59,7 @@ def model_input(
     image = EncodedImage(data, where, own.channels, exif_orientation=own.exif_orientation)
     pixels = resize_for_evaluation(image.decode(), own)
     raw = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
-    if own.permutation != "none":
-        pixels = permute(raw, own)[0].movedim(0, 2).numpy()
-    return normalize(raw, own), pixels
+    return normalize(raw, own), permute(raw, own)[0].movedim(0, 2).numpy()
 
 
 def check_input(source: Source, preprocessing: Preprocessing) -> None:

@@ -162,7 +162,7 @@ def _names(
 
 def _files(given: str, passed_over: Counter[str]) -> Iterator[str]:
     path = Path(os.path.expanduser(given))
-    if path.is_dir() or (is_archive(path) and entries(str(path)) is not None):
+    if path.is_dir() or entries(str(path)) is not None:
         names = scan_images(str(path), passed_over=passed_over)
         found = (os.path.join(path, name) for name in names)
     elif path.exists() or is_archive(path):

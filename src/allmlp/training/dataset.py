@@ -14,7 +14,7 @@ from allmlp.data.fingerprint import exclude, fingerprint, image_key, read_exclud
 from allmlp.data.groups import deal_folds, hold_out, shared_groups
 from allmlp.data.image import DARK, EncodedImage
 from allmlp.data.randaugment import randaugment
-from allmlp.data.source import BadImage, Source, join, random_subset, subset, unreadable
+from allmlp.data.source import BadImage, Source, array_shape, join, random_subset, subset
 from allmlp.data.sources import notes_of, open_splits
 from allmlp.data.transforms import flip, inception_crop, random_crop, resize_for_evaluation
 from allmlp.errors import UserError, plural, some_of
@@ -201,9 +201,17 @@ def _dark(source: Source) -> list[str]:
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
     """Returns images with unreadable headers; appends the keys of all others to `keys`."""
     step = -(-len(source) // MOST_CHECKED)
-    checked = source if step == 1 else subset(source, np.arange(0, len(source), step), source.name)
-    note = None if keys is None else lambda encoded: keys.append(image_key(encoded))
-    bad = unreadable(checked, note)
+    checked = subset(source, np.arange(0, len(source), step), source.name)
+    bad: list[BadImage] = []
+    for index in range(len(checked)):
+        try:
+            encoded = checked.read(index)
+            if array_shape(checked) is None:
+                EncodedImage(encoded, checked.item_name(index))
+            if keys is not None:
+                keys.append(image_key(encoded))
+        except UserError as error:
+            bad.append(BadImage(index, checked.item_name(index), error.what))
     check_number_bad(bad, checked, most)
     return [replace(image, index=image.index * step) for image in bad]
 

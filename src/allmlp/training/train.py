@@ -18,7 +18,7 @@ from allmlp import plots
 from allmlp.console import ProgressBar, Reporter
 from allmlp.data.augment import mix
 from allmlp.data.loader import CPU, Batch, choose_workers, most_workers, training_batches
-from allmlp.data.sampler import Order, step_generator
+from allmlp.data.sampler import STEP, Order, generator
 from allmlp.data.source import BadImage, check_one_label
 from allmlp.data.source_spec import parse_name
 from allmlp.data.sources import read_from
@@ -311,7 +311,7 @@ class Trainer(Run):
 
     def inputs(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         config, world = self.config, self.world
-        random, masks = step_generator(config.seed, step), torch.Generator()
+        random, masks = generator(config.seed, STEP, step), torch.Generator()
         dropout_seed = int(random.integers(2**62))
         masks.manual_seed(dropout_seed)
         images = normalize(batch.images, self.preprocessing)

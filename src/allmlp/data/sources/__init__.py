@@ -30,17 +30,7 @@ from allmlp.data.source_spec import (
     part_of,
     split_named,
 )
-from allmlp.data.sources import (
-    arrays,
-    digits,
-    folders,
-    hub,
-    lists,
-    packed,
-    parquet,
-    subset_file,
-    webdataset,
-)
+from allmlp.data.sources import arrays, digits, folders, hub, lists, packed, parquet, webdataset
 from allmlp.data.sources.columns import Kind, Rows, divide
 from allmlp.data.sources.subset_file import SubsetFile, is_subset_file, read_subset_file, select
 from allmlp.errors import UserError, near_names, one_of
@@ -181,7 +171,7 @@ def read_from(name: str | Path) -> Iterator[str]:
             yield folder
             if split_named(os.path.basename(folder[:-1])):
                 yield from glob.glob(f"{glob.escape(folder)}*/")
-    elif path.lower().endswith(subset_file.SUFFIX):
+    elif is_subset_file(SourceSpec(path)):
         with contextlib.suppress(UserError):  # reported when the data is opened
             yield from read_from(read_subset_file(Path(path)).source)
 
@@ -202,5 +192,5 @@ def is_data(name: str) -> bool:
     kind = kind_of(spec)
     if kind is folders.KIND:
         return False
-    suffixes = (*lists.SUFFIXES, *arrays.SUFFIXES, ".parquet", subset_file.SUFFIX)
+    suffixes = (*lists.SUFFIXES, *arrays.SUFFIXES, ".parquet", ".json")
     return kind is not None or spec.path.suffix.lower() in suffixes

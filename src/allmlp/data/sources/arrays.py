@@ -19,14 +19,7 @@ import numpy as np
 
 from allmlp.data.classes import RawLabels, numbered
 from allmlp.data.source import GROUP, ROW, Source, array_row
-from allmlp.data.source_spec import (
-    LABEL_OPTIONS,
-    SPLITS,
-    SourceSpec,
-    by_split,
-    split_named,
-    split_of_file,
-)
+from allmlp.data.source_spec import LABEL_OPTIONS, SPLITS, SourceSpec, by_split, split_named
 from allmlp.data.sources.columns import LABEL_COLUMNS, Kind, Rows, choose_column
 from allmlp.data.sources.parquet import labels_in, open_file, parquet_files, read_column
 from allmlp.errors import UserError, plural
@@ -79,9 +72,7 @@ class ArrayRows:
 
 
 def _grid(values: np.ndarray) -> np.ndarray:
-    if values.ndim == 4:
-        return values
-    return values[:, None, None, :] if values.ndim == 2 else values[:, :, None, :]
+    return np.expand_dims(values, {2: (1, 2), 3: (2,), 4: ()}[values.ndim])
 
 
 def statistics(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -138,7 +129,8 @@ def _parts(spec: SourceSpec) -> list[Part]:
         if path.suffix.lower() == ".npz":
             return list(_of_npz(spec))
         if path.suffix.lower() == ".npy":
-            return [(split_of_file(path), str(path), np.load(path, mmap_mode="r"), _beside(path))]
+            (split,) = by_split([path])
+            return [(split, str(path), np.load(path, mmap_mode="r"), _beside(path))]
         return list(_of_parquet(spec))
     except UserError:
         raise

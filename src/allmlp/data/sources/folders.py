@@ -94,11 +94,10 @@ def scan_images(
     passed_over: Counter[str] | None = None,
     above: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`.
-    Links are followed, except to one of the folders `above`."""
+    """Yields image paths below `inside`, relative to the folder; counts others in `passed_over`."""
     here = os.path.realpath(os.path.join(folder, inside))
     if any(os.path.join(one, "").startswith(os.path.join(here, "")) for one in above):
-        return
+        return  # a link to a folder above
     for name, is_folder in _entries(os.path.join(folder, inside)):
         path, suffix = os.path.join(inside, name), os.path.splitext(name)[1].lower()
         if is_folder:
@@ -135,9 +134,7 @@ def no_images(folder: Path, what: str = "the folder") -> UserError:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    inside = None
-    if not os.path.isdir(folder) and archive.is_archive(folder):
-        inside = archive.entries(folder)
+    inside = None if os.path.isdir(folder) else archive.entries(folder)
     if inside is not None:
         found = [*inside.items()]
     else:

@@ -65,9 +65,7 @@ def open_hub(spec: SourceSpec, labels: bool) -> list[Rows]:
         theirs = [name for name in loaded if split_named(str(name)) == split]
         if len(theirs) > 1:
             raise UserError(f"two splits for one: {' and '.join(theirs)}", where=spec.source)
-        for name in theirs:
-            if len(loaded[name]):
-                splits.append(_open_split(loaded[name], spec, split))
+        splits += [_open_split(loaded[name], spec, split) for name in theirs if len(loaded[name])]
     if not splits:
         what = f"none of the splits train, validation and test has rows: {', '.join(loaded)}"
         raise UserError(what, where=spec.source, fix="Save the splits you need as Parquet files")

@@ -58,13 +58,6 @@ def open_list(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         fix = "Write file names with their endings, relative to the list's own folder"
         raise UserError(what, where=images.item_name(0), fix=fix)
 
-    def check(splits: list[str], raw: RawLabels) -> dict[str, str]:
-        repeated = _check_repeats(splits, raw, paths, path.parent, where)
-        if GROUP in spec.options:  # which may keep them together
-            return {}
-        note = "an image is there twice in {} of {}: holdouts and folds may have it on both sides"
-        return {at: note.format(plural(n, "row"), path.name) for at, n in repeated.items()}
-
     yield Rows(
         images,
         {name: functools.partial(numbered, cells) for name, cells in columns.items()},
@@ -72,7 +65,7 @@ def open_list(spec: SourceSpec, labels: bool) -> Iterator[Rows]:
         may_be_hot=True,
         file=path,
         where=where,
-        check=check,
+        check=functools.partial(_check_repeats, spec, paths, where),
     )
 
 
@@ -87,14 +80,14 @@ def _paths(cells: list[object], folder: Path, where: Callable[[int], str]) -> It
 
 
 def _check_repeats(
+    spec: SourceSpec,
+    paths: PackedStrings,
+    where: Callable[[int], str],
     splits: list[str],
     raw: RawLabels,
-    paths: PackedStrings,
-    folder: Path,
-    where: Callable[[int], str],
-) -> Counter[str]:
+) -> dict[str, str]:
     repeated: Counter[str] = Counter()
-    real_folder = functools.cache(lambda name: os.path.realpath(folder / name))
+    real_folder = functools.cache(lambda name: os.path.realpath(spec.path.parent / name))
     texts = [str(value) for value in raw.values]
     labels = [texts[code] for code in raw.codes.tolist()]
     seen: dict[int, int] = {}  # hash of the path: first row
@@ -109,7 +102,11 @@ def _check_repeats(
                 what = f"an image {what}: {values[first]!r} (line {line}) and {values[row]!r}"
                 fix = "Keep one of the two lines, or write two labels as one: cat|dog"
                 raise UserError(f"{what}: {paths[row]!r}", where=where(row), fix=fix)
-    return +repeated
+    if GROUP in spec.options:  # which may keep them together
+        return {}
+    note = "an image is there twice in {} of {}: holdouts and folds may have it on both sides"
+    counts = ((split, plural(number, "row")) for split, number in (+repeated).items())
+    return {split: note.format(rows, spec.path.name) for split, rows in counts}
 
 
 def _open(path: Path) -> TextIO:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +49,7 @@ _ROW_BYTES, _HEADER_BYTES = 64, 4096  # maximum overhead per image and per file
 _FIX = "Pack or copy the folder again"
 
 
-@dataclass(frozen=True)
-class PackedFile:
+class PackedFile(NamedTuple):
     name: str
     size: int  # bytes
     sha256: str
@@ -208,7 +207,7 @@ def pack_splits(
                 for split, source in splits.items():
                     written[split] = list(source.class_names), packed[split].files
                 described = {
-                    split: {"class_names": names, "files": [[*astuple(file)] for file in files]}
+                    split: {"class_names": names, "files": files}
                     for split, (names, files) in written.items()
                 }
                 manifest = {"format": FORMAT, "version": VERSION, "splits": described}

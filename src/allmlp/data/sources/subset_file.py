@@ -1,16 +1,4 @@
-"""Subset files: small JSON files that define splits by selecting from another source.
-
-    {"format": "allmlp selection", "version": 1, "source": "hf:owner/name",
-     "splits": {"train": ["train[:800]", "validation[:200]"], "test": ["test"]},
-     "labels": {"rule": "bins", "numbers": [40, 16]}}
-
-A split concatenates parts of the source's splits; no image is copied. The optional `labels` turns
-numbers measured on images into classes "0", "1", ..., as some benchmarks define their tasks; three
-rules cover all of VTAB (google-research/task_adaptation):
-    shift    (first, classes)        number - first: 3 to 10 objects are 8 classes
-    bins     (values, classes)       equal bins of 0 to values - 1: floor(n * classes / values)
-    between  (t0, t1, ..., tn)       class k for t_k < x <= t_k+1: n classes of distances
-"""
+"""Subset files: JSON files that define splits as parts of another source's; docs/transfer.md."""
 
 from __future__ import annotations
 
@@ -37,7 +25,12 @@ FORMAT, VERSION = "allmlp selection", 1
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Maps numbers to classes by a rule described above."""
+    """Turns numbers measured on images into classes, as VTAB (google-research/task_adaptation):
+
+    shift    (first, classes)        number - first: 3 to 10 objects are 8 classes
+    bins     (values, classes)       equal bins of 0 to values - 1: floor(n * classes / values)
+    between  (t0, t1, ..., tn)       class k for t_k < x <= t_k+1: n classes of distances
+    """
 
     rule: Literal["shift", "bins", "between"]
     numbers: tuple[float, ...]
