@@ -1,29 +1,10 @@
 """VTAB-1k and "Avg 5": a checkpoint fine-tuned on many tasks, and the mean over them.
 
 VTAB-1k (Zhai et al. 2019) has 19 tasks of 800 training images and 200 to choose the learning rate;
-the final runs train on all 1,000. Two official protocols, both with SGD with momentum 0.9, a new
-zero head, and images squashed to the model's size:
-  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine decay from the best of
-                three learning rates after 200 steps of warm-up, clipped at norm 1, random crop and
-                flip if the task allows them, 224 or 448 pixels by task, three seeds
-  lightweight   task_adaptation: 1,000 steps of 64 images, learning rate 0.01 divided by 10 after
-                steps 300, 600 and 900, 80 steps of warm-up, no clipping or augmentation, 224 pixels
-
-"Avg 5" (the paper, appendix C) is the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
-The learning rate is chosen on held-out training images, then one run per seed trains on all of
-them. Steps, learning rates and held-out fractions are those of the recipe for each data set.
-
-The folder of a suite holds
-  suite.json      a measurement: result of each task, the mean, missing tasks
-  data/           which images of its source each task uses, one or two small files each
-  TASK/           the study of each task, see `allmlp.studies`
-
-The official index ranges of VTAB-1k refer to the order in tfds, which users' files do not share.
-The rule that was used is reported with every result:
-    own        the source has at most 1,000 training images: all of them
-    official   the suite's index ranges, in the source's order
-    first      the ranges do not fit: the first 800 training images, then 200 others
-    whole      all training images (Avg 5)
+the final runs train on all 1,000. Its two protocols are Google's for ViT and Mixer ("paper") and
+that of task_adaptation ("lightweight"). "Avg 5" (the paper, appendix C) is the mean over ImageNet,
+CIFAR-10, CIFAR-100, Pets and Flowers, each by its recipe. docs/transfer.md lists the settings, the
+rules by which a source's images are chosen, and the files.
 """
 
 from __future__ import annotations
@@ -95,7 +76,7 @@ class Suite:
 class Plan:
     """How a source is used for a task."""
 
-    rule: str  # see the module docstring
+    rule: str  # own, official or first of docs/transfer.md, or whole: all images of Avg 5
     final: SubsetFile  # for the final runs; its source can be opened from any folder
     grid: SubsetFile | None  # for the grid; None holds out a fraction of the training images
     images: dict[str, int | None]  # of "train", "held_out" (part of it) and "test"
@@ -572,12 +553,8 @@ def avg5(
 
 def show(result: SuiteResult | None, _: VtabOptions) -> None:
     """Prints the list of tasks, if requested; a suite has already printed its result."""
-    if result is None:
-        print("\n".join(task_lines()))
-
-
-def task_lines() -> list[str]:
-    """Returns the output of `mixer paper vtab --list`."""
+    if result is not None:
+        return
     columns = {
         "task": "{name}",
         "group": "{group}",
@@ -596,4 +573,4 @@ def task_lines() -> list[str]:
         if task.labels is not None:
             lines.append(f"  {task.name:<21} {task.number}: {task.labels.describe()}")
     lines += ["", "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json."]
-    return lines
+    print("\n".join(lines))
