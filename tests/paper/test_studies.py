@@ -19,7 +19,7 @@ from allmlp.paper import studies as study_module
 from allmlp.paper.studies import Study, ablations, data_scale, permutation, variants_of
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, refused
-from runs import before_step
+from runs import before_step, unix
 from studies import pretend
 
 SIZES = tuple(f"model.overrides.{name}={size}" for name, size in TINY.items())
@@ -114,6 +114,14 @@ def test_an_interrupted_study_resumes_and_is_written_as_a_whole(
     pixels = np.asarray(Image.open(place / "study" / "data_scale.png").convert("L"))
     assert pixels.std() > 5
     assert "<svg" in (place / "study" / "data_scale.svg").read_text()
+
+
+@unix
+def test_the_folder_of_a_model_has_a_colon_only_if_an_older_version_made_it(tmp_path: Path):
+    (tmp_path / "cells" / "timm:old").mkdir(parents=True)
+    config = am.TrainConfig(output=str(tmp_path))
+    assert study_module.folder_of("timm:new/one", config) == "timm-new-one"
+    assert study_module.folder_of("timm:old", config) == "timm:old"
 
 
 def test_other_few_shot_data_is_measured_again(place, asked):
@@ -249,6 +257,7 @@ SCALE = "data-scale --models mixer_s16 --few-shot-data digits --set model.overri
 )
 def test_mistakes_write_nothing(tmp_path: Path, capsys, monkeypatch, line, named):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "train", None)  # whoever trains fails
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     words = ["--data", "digits", "--recipe", "digits", "--output", "study", "--quiet"]
