@@ -20,7 +20,7 @@ from allmlp.paper.studies import Study, ablations, data_scale, permutation, vari
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, refused
 from runs import before_step, unix
-from studies import pretend
+from studies import note_runs, pretend
 
 SIZES = tuple(f"model.overrides.{name}={size}" for name, size in TINY.items())
 PATCH = (*SIZES, "model.overrides.patch_size=2")
@@ -84,20 +84,17 @@ def test_a_run_for_each_model_fraction_and_seed(place, asked):
 def test_an_interrupted_study_resumes_and_is_written_as_a_whole(
     place, asked, monkeypatch, real_figures
 ):
-    train = sweep.train
-
-    def interrupted(config: am.TrainConfig, **options: bool) -> Any:
-        if config.data.fraction == 1.0:
+    def interrupt(name: str) -> None:
+        if name == "1.0/seed-0":
             raise KeyboardInterrupt
-        return train(config, **options)
 
-    monkeypatch.setattr(sweep, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(place)
+    with monkeypatch.context() as patch:
+        note_runs(patch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(place)
     values = read_measurement(place / "study" / "data_scale.json")
     assert (values["partial"], values["missing"]) == (True, ["cells/mixer_s16/1.0/seed-0"])
     assert len(values["rows"]) == 1
-    monkeypatch.setattr(sweep, "train", train)
     result = run(place)
     assert [config.data.fraction for config in asked] == [0.1, 1.0]
     values = read_measurement(place / "study" / "data_scale.json")
