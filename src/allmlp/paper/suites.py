@@ -472,6 +472,18 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
 
 # The two suites
 
+_LIGHTWEIGHT = {
+    "steps": 1000,
+    "batch_size": 64,
+    "evaluate_every": 200,
+    "model.image_size": 224,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.schedule": "steps",
+    "optimizer.decay_at": (300.0, 600.0, 900.0),
+    "optimizer.warmup": 80.0,
+    "optimizer.clip_norm": 0.0,
+}
+
 
 def vtab(
     checkpoint: str | None = None,
@@ -488,40 +500,22 @@ def vtab(
         fix = "mixer paper vtab CHECKPOINT --task NAME=SOURCE --output FOLDER"
         raise UserError("no checkpoint is named", fix=fix, code="missing")
     is_paper = options.protocol == "paper"
+
+    def config(task: Task) -> TrainConfig:
+        own = {"model.image_size": task.image_size, "augment.flip": task.flip}
+        own |= {"augment.crop": "random" if task.crop else "none"}
+        return recipe("finetune_vtab").with_values(own if is_paper else _LIGHTWEIGHT)
+
     suite = Suite(
         kind="vtab",
         known=VTAB,
         protocol=f"VTAB-1k, protocol {options.protocol}",
-        config=_paper if is_paper else _lightweight,
+        config=config,
         rates=lambda _: LEARNING_RATES["finetune_vtab"] if is_paper else (0.01,),
         seeds=(0, 1, 2) if is_paper else (0,),
         plan=plan_1k,
     )
     return run_suite(suite, checkpoint, options, quiet=quiet)
-
-
-def _paper(task: Task) -> TrainConfig:
-    values = {
-        "augment.crop": "random" if task.crop else "none",
-        "augment.flip": task.flip,
-        "model.image_size": task.image_size,
-    }
-    return recipe("finetune_vtab").with_values(values)
-
-
-def _lightweight(_: Task) -> TrainConfig:
-    values = {
-        "steps": 1000,
-        "batch_size": 64,
-        "evaluate_every": 200,
-        "model.image_size": 224,
-        "optimizer.learning_rate": 0.01,
-        "optimizer.schedule": "steps",
-        "optimizer.decay_at": (300.0, 600.0, 900.0),
-        "optimizer.warmup": 80.0,
-        "optimizer.clip_norm": 0.0,
-    }
-    return recipe("finetune_vtab").with_values(values)
 
 
 def avg5(
