@@ -105,11 +105,8 @@ def plan_1k(task: Task, source: str) -> Plan:
 
 
 def plan_whole(task: Task, source: str) -> Plan:
-    """Plans a task on a source: all of its training images, and its test set.
-
-    Validation images are used for training, too, e.g. the paper's 2,040 images of Flowers-102. If
-    the source has no test images, as with ImageNet, they are the test set.
-    """
+    """Plans a task of Avg 5: all images but those of test, or of validation where there is no test
+    split, as with ImageNet, are for training."""
     opened, classes, notes = _open(task, source)
     test = _test_split(opened, source)
     train = tuple(name for name in ("train", "validation") if name in opened and name != test)
