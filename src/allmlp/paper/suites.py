@@ -13,7 +13,7 @@ import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,21 +296,25 @@ class SuiteResult:
 
 
 def run_suite(
-    suite: Suite, checkpoint: str, options: SuiteOptions, *, quiet: bool = False
+    official: Suite, checkpoint: str, options: SuiteOptions, *, quiet: bool = False
 ) -> SuiteResult:
     """Fine-tunes a checkpoint on the named tasks; the result includes earlier tasks.
 
     All tasks are checked before the first run: data, settings and model size. All problems are
     reported at once, before anything is written.
     """
-    sources = named_tasks(options.task, options.tasks, suite.known)
+    sources = named_tasks(options.task, options.tasks, official.known)
     for name in assigned(options.settings):
         if name in _OWN:
             what = f"{name} is chosen by the suite"
             raise UserError(what, where="set", fix=f"Use {_OWN[name]}")
-    configs = {name: _config(suite.config(suite.known[name]), options) for name in sources}
-    rates = {name: options.grid or suite.rates(suite.known[name]) for name in sources}
-    seeds, changes = options.seeds or suite.seeds, _changes(suite, options)
+    suite = replace(
+        official,
+        config=lambda task: _config(official.config(task), options),
+        rates=lambda task: options.grid or official.rates(task),
+        seeds=options.seeds or official.seeds,
+    )
+    changes = _changes(official, suite)
     own = ("suite.json", "data", *suite.known)
     folder = study_folder(options.output, own, sources.values())
     file = folder / "suite.json"
@@ -323,10 +327,10 @@ def run_suite(
             "weights_sha256": weights_hash(model),
             "protocol": suite.protocol,
             "changes": changes,
-            "seeds": list(seeds),
+            "seeds": list(suite.seeds),
         }
         before, done = world.broadcast_from_rank0(lambda: _before(file, header))
-        plans = _check_all(suite, checkpoint, sources, configs, rates, seeds)
+        plans = _check_all(suite, checkpoint, sources)
 
         def save() -> SuiteResult:
             tasks = {name: done[name] for name in suite.known if name in done}
@@ -341,14 +345,15 @@ def run_suite(
             report.log_to(folder / "log.txt")
         result = save()  # before the first run, to claim the folder
         of = f"{len(plans)} of {plural(len(suite.known), 'task')}"
-        say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, seeds))}")
+        say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, suite.seeds))}")
         if changes:
             say(f"changed  not the official protocol: {', '.join(changes)}")
         for name, plan in plans.items():
             say(f"task     {name}: " + "\n         ".join(plan.describe()))
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"\n##### {name}: task {number} of {len(plans)}")
-            grid = rates[name] if len(rates[name]) > 1 else ()
+            rate, *others = suite.rates(suite.known[name])
+            grid = [rate, *others] if others else []
             files = {folder / "data" / f"{name}.json": plan.final}
             if plan.grid is not None and grid:
                 files[folder / "data" / f"{name}-grid.json"] = plan.grid
@@ -359,9 +364,11 @@ def run_suite(
             values = {"model.weights": checkpoint, "data.source": final}
             values |= {"output": str(folder / name)}
             if not grid:
-                values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[name][0]}
-            config = configs[name].with_values(values)
-            found = finetune(config, grid=grid, seeds=seeds, grid_source=grid_source, quiet=quiet)
+                values |= {"data.holdout": 0.0, "optimizer.learning_rate": rate}
+            config = suite.config(suite.known[name]).with_values(values)
+            found = finetune(
+                config, grid=grid, seeds=suite.seeds, grid_source=grid_source, quiet=quiet
+            )
             done[name] = _entry(plan, config, found)
             result = save()
         for line in ["", *result.lines()]:
@@ -385,17 +392,16 @@ def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
     return official.with_values(values, options.settings)
 
 
-def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
+def _changes(official: Suite, suite: Suite) -> list[str]:
     """Deviations of the runs from the official protocol."""
     found: dict[str, str] = {}
     for task in suite.known.values():
-        official = suite.config(task)
-        before, now = identity(official), identity(_config(official, options))
+        before, now = identity(official.config(task)), identity(suite.config(task))
         found |= {key: f"{key}={now[key]}" for key in now if now[key] != before.get(key)}
-        if options.grid and options.grid != suite.rates(task):
-            found["grid"] = f"grid {' '.join(f'{rate:g}' for rate in options.grid)}"
-    if options.seeds and options.seeds != suite.seeds:
-        found["seeds"] = f"seeds {' '.join(map(str, options.seeds))}"
+        if suite.rates(task) != official.rates(task):
+            found["grid"] = f"grid {' '.join(f'{rate:g}' for rate in suite.rates(task))}"
+    if suite.seeds != official.seeds:
+        found["seeds"] = f"seeds {' '.join(map(str, suite.seeds))}"
     return list(found.values())
 
 
@@ -412,34 +418,29 @@ def _before(
     return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
 
 
-def _check_all(
-    suite: Suite,
-    checkpoint: str,
-    sources: Mapping[str, str],
-    configs: Mapping[str, TrainConfig],
-    rates: Mapping[str, tuple[float, ...]],
-    seeds: tuple[int, ...],
-) -> dict[str, Plan]:
+def _check_all(suite: Suite, checkpoint: str, sources: Mapping[str, str]) -> dict[str, Plan]:
     """Returns the plan of each task; all problems are collected in a single error."""
     plans: dict[str, Plan] = {}
     wrong: dict[str, UserError] = {}
     loads = functools.cache(lambda size: load_model(checkpoint, size, quiet=True) and None)
-    for name, config in configs.items():
+    for name, source in sources.items():
+        task = suite.known[name]
         try:
+            config = suite.config(task)
             assert config.steps is not None
             check_warmup(config.optimizer, config.steps)
-            for rate in rates[name]:
+            for rate in suite.rates(task):
                 config.with_value("optimizer.learning_rate", rate)
-            for seed in seeds:
+            for seed in suite.seeds:
                 config.with_value("seed", seed)
-            plans[name] = suite.plan(suite.known[name], sources[name])
+            plans[name] = suite.plan(task, source)
             for split in open_subset(plans[name].final).values():
                 check_readable(split, config.data.max_bad)
             loads(config.model.image_size)
         except UserError as error:
             wrong[name] = error
     if wrong:
-        lines = [f"{len(wrong)} of {plural(len(configs), 'task')} cannot be run:"]
+        lines = [f"{len(wrong)} of {plural(len(sources), 'task')} cannot be run:"]
         for name, error in wrong.items():
             where = f" ({error.where})" if error.where else ""
             lines.append(f"{name}: {error.what}{where}")
