@@ -357,9 +357,9 @@ def permutation(
 
 
 def _examples(
-    config: TrainConfig, orders: list[dict[str, Any]], source: Source, most: int = 3
+    config: TrainConfig, orders: list[dict[str, Any]], source: Source
 ) -> list[list[np.ndarray]]:
-    """Returns example images in these orders, uint8 (H, W, channels)."""
+    """Returns three images in these orders, uint8 (H, W, channels)."""
     side = config.model.image_size
     size = (side, side) if isinstance(side, int) else side
     assert size is not None
@@ -375,7 +375,7 @@ def _examples(
             resized = np.array(resize_for_evaluation(pixels, rules[0]))
             image = torch.from_numpy(resized).movedim(2, 0)[None]
             found.append([permute(image, rule)[0].movedim(0, 2).numpy() for rule in rules])
-        if len(found) == most:
+        if len(found) == 3:
             break
     return found
 

@@ -273,8 +273,8 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
         for result in values["results"]:
             shots = {f"{shots}-shot": percent(mean) for shots, mean in result["mean"].items()}
             yield "Few-shot accuracy", {"model": source, "data": result["data"], **shots}
-    if one.kind in _SUITES:
-        _ = values["missing"], _suite_mean(one)  # an error if they are not there
+    if one.kind in _SUITES:  # an error if they are not there
+        _ = values["missing"], values["tasks"] and _suite_mean(one)
 
 
 def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
@@ -336,8 +336,6 @@ def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> d
 def _suite_mean(one: Measured) -> str:
     """Mean of a suite, marked if tasks are missing or the protocol differs."""
     tasks, total = one.values["tasks"], _SUITES[one.kind][1]
-    if not tasks:
-        return "none yet"
     is_whole = len(tasks) == total and not one.values["missing"]
     marks = [] if is_whole else [f"partial: {len(tasks)} of {plural(total, 'task')}"]
     marks += ["changed protocol"] if one.values.get("changes") else []
