@@ -1,9 +1,6 @@
 """The studies that train from random weights: data scale, shuffled pixels, token-mixing variants.
 
-The folder of a study holds
-  cells/.../seed-0/       the run folder of each run
-  KIND.json               the measurement: settings, all runs, the rows
-  KIND.png, KIND.svg      the figure, if there is one
+A study has cells/.../seed-0/ of each run, and KIND.json, .png and .svg; see docs/studies.md.
 """
 
 from __future__ import annotations
