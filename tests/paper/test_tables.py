@@ -258,8 +258,7 @@ def test_the_command(capsys, drawn, tmp_path, monkeypatch):
     assert "54.32" not in report.read_text()
 
 
-def damaged(values: dict[str, Any]) -> str:
-    return json.dumps(values)[:-200]
+DAMAGED = json.dumps(few_shot())[:-200]
 
 
 def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
@@ -271,7 +270,7 @@ def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", guarded)
     folder = write(tmp_path / "in", good=few_shot(), new=measured("flights"))
     (folder / "newer.json").write_text(json.dumps({**few_shot(), "version": 2}))
-    (folder / "cut.json").write_text(damaged(few_shot()))
+    (folder / "cut.json").write_text(DAMAGED)
     (folder / "less.json").write_text(json.dumps(measured("few-shot", results=[{"data": "x"}])))
     (folder / "more.json").write_text(json.dumps(small_evaluation(top1=1.5)))
     (folder / "nan.json").write_text(json.dumps(small_evaluation(top1=float("nan"))))
@@ -298,5 +297,5 @@ def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
 def test_mistakes(capsys, tmp_path, monkeypatch, words, named):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "in", good=few_shot(), new=measured("flights"))
-    (folder / "cut.json").write_text(damaged(few_shot()))
+    (folder / "cut.json").write_text(DAMAGED)
     assert named in refused(capsys, tmp_path, "paper", "tables", *words)
