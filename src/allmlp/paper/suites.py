@@ -66,7 +66,6 @@ class Suite:
     config: Callable[[Task], TrainConfig]
     rates: Callable[[Task], tuple[float, ...]]  # if there is only one, no grid is run
     seeds: tuple[int, ...]
-    plan: Callable[[Task, str], Plan]  # task, source -> the images
 
 
 # The data of a task
@@ -93,25 +92,6 @@ class Plan:
         text += f", {images['test']:,} to test ({', '.join(parts['test'])})"
         lines = [self.final.source, f"images by the rule {self.rule}: {text}", *self.notes]
         return lines + [f"differs from the task: {', '.join(self.departs)}"] * bool(self.departs)
-
-
-def plan_1k(task: Task, source: str) -> Plan:
-    """Plans a VTAB-1k task on a source: 800 training, 200 validation images, and test."""
-    opened, classes, notes = _open(task, source)
-    rule, train, validation, test = _parts(task, opened, source)
-    final = SubsetFile(source, {"train": (train, validation), "test": (test,)}, classes)
-    grid = SubsetFile(source, {"train": (train,), "validation": (validation,)}, classes)
-    return _checked(task, rule, final, grid, notes)
-
-
-def plan_whole(task: Task, source: str) -> Plan:
-    """Plans a task of Avg 5: all images but those of test, or of validation where there is no test
-    split, as with ImageNet, are for training."""
-    opened, classes, notes = _open(task, source)
-    test = _test_split(opened, source)
-    train = tuple(name for name in ("train", "validation") if name in opened and name != test)
-    final = SubsetFile(source, {"train": train, "test": (test,)}, classes)
-    return _checked(task, "whole", final, None, notes)
 
 
 def _open(task: Task, source: str) -> tuple[Mapping[str, Source], Any, list[str]]:
@@ -167,9 +147,19 @@ def _fits(opened: Mapping[str, Source], text: str) -> bool:
         return False
 
 
-def _checked(
-    task: Task, rule: str, final: SubsetFile, grid: SubsetFile | None, notes: list[str]
-) -> Plan:
+def plan_of(task: Task, source: str) -> Plan:
+    """Plans a task: of VTAB-1k 800 training images, 200 to choose the rate, and test; of Avg 5 all
+    images but those of test, or of validation where there is no test split, as with ImageNet."""
+    opened, labels, notes = _open(task, source)
+    grid = None
+    if task.parts:
+        rule, train, validation, test = _parts(task, opened, source)
+        trained: tuple[str, ...] = (train, validation)
+        grid = SubsetFile(source, {"train": (train,), "validation": (validation,)}, labels)
+    else:
+        rule, test = "whole", _test_split(opened, source)
+        trained = tuple(name for name in ("train", "validation") if name in opened and name != test)
+    final = SubsetFile(source, {"train": trained, "test": (test,)}, labels)
     splits = open_subset(final)
     train, classes = splits["train"], len(splits["train"].class_names)
     present = len(np.unique(train.labels))
@@ -185,7 +175,7 @@ def _checked(
         departs.append(f"{classes} classes, not {task.num_classes}")
     if rule == "first":
         departs.append("not the suite's index ranges")
-    for name, number in (task.images if rule == "whole" else {"train": _TRAIN + _CHOOSE}).items():
+    for name, number in (task.images or {"train": _TRAIN + _CHOOSE}).items():
         if images[name] != number:
             departs.append(f"{images[name]:,} {name} images, not {number:,}")
     return Plan(rule, final, grid, images, classes, departs, notes)
@@ -433,7 +423,7 @@ def _check_all(suite: Suite, checkpoint: str, sources: Mapping[str, str]) -> dic
                 config.with_value("optimizer.learning_rate", rate)
             for seed in suite.seeds:
                 config.with_value("seed", seed)
-            plans[name] = suite.plan(task, source)
+            plans[name] = plan_of(task, source)
             for split in open_subset(plans[name].final).values():
                 check_readable(split, config.data.max_bad)
             loads(config.model.image_size)
@@ -511,7 +501,6 @@ def vtab(
         config=config,
         rates=lambda _: LEARNING_RATES["finetune_vtab"] if is_paper else (0.01,),
         seeds=(0, 1, 2) if is_paper else (0,),
-        plan=plan_1k,
     )
     return run_suite(suite, checkpoint, options, quiet=quiet)
 
@@ -538,7 +527,6 @@ def avg5(
         config=config,
         rates=lambda task: LEARNING_RATES[task.recipe],
         seeds=(0, 1, 2),
-        plan=plan_whole,
     )
     return run_suite(suite, checkpoint, options, quiet=quiet)
 
