@@ -337,13 +337,16 @@ def _measure(result: TrainResult) -> Row:
     """Keeps a fold's logits in its run folder, and its metrics in the study's results."""
     held_out, file = result.validation, io.BytesIO()
     assert held_out is not None
-    names = ("indices", "labels", "logits")
-    columns: dict[str, Any] = {name: getattr(held_out, name) for name in names}
-    columns.update(held_out.rows or {})
-    np.savez(file, **columns)
+    np.savez(file, **_columns(held_out))
     atomic_write(result.run_folder / _LOGITS, file.getvalue())
     test = None if result.test is None else dict(result.test.figures())
     return {"held_out": dict(held_out.figures()), "test": test}
+
+
+def _columns(part: Evaluation) -> dict[str, Any]:
+    """Returns what is kept of each image, by name; the first axis counts images."""
+    kept = {name: getattr(part, name) for name in ("indices", "labels", "logits")}
+    return {**kept, **(part.rows or {})}
 
 
 def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> CrossValidation:
@@ -363,16 +366,10 @@ def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> Cr
         parts.append(Evaluation(**about, indices=places, rows=columns or None))
     if any(part.rows is not None for part in parts):  # the logits of a fold were too large to keep
         parts = [part.without_logits() if part.rows is None else part for part in parts]
-    names = ("labels", "indices", "logits")
-    all_columns = [
-        {**{name: getattr(part, name) for name in names}, **(part.rows or {})} for part in parts
-    ]
+    kept = [_columns(part) for part in parts]
     order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
-    joined = {
-        name: np.concatenate([columns[name] for columns in all_columns])[order]
-        for name in all_columns[0]
-    }
-    about |= {name: joined.pop(name) for name in names}
+    joined = {name: np.concatenate([own[name] for own in kept])[order] for name in kept[0]}
+    about |= {name: joined.pop(name) for name in ("indices", "labels", "logits")}
     out_of_fold = Evaluation(**about, rows=joined or None, are_held_out=True, trained_on=0)
     folds = [row["held_out"] for row in rows]
     main = _shared_main(folds).name
