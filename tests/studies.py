@@ -40,6 +40,22 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
+def note_runs(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[str], object] = lambda name: None
+) -> list[str]:
+    """Returns the runs that are trained from now on, as "grid/lr-0.1" by their last two folders."""
+    names, train = [], sweep.train
+
+    def noted(config: am.TrainConfig, **options: bool) -> TrainResult:
+        name = "/".join(Path(str(config.output)).parts[-2:])
+        before(name)
+        names.append(name)
+        return train(config, **options)
+
+    monkeypatch.setattr(sweep, "train", noted)
+    return names
+
+
 def pretend(
     monkeypatch: pytest.MonkeyPatch, reached: Callable[[am.TrainConfig], float]
 ) -> list[am.TrainConfig]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import allmlp as am
-from allmlp import sweep
 from allmlp.evaluation import metrics
 from conftest import best_of, make_class_folder, ran, refused, tiny_config
+from studies import note_runs
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,13 @@ def test_what_is_reported(finished):
 
 def test_a_study_resumes(finished, monkeypatch: pytest.MonkeyPatch):
     config, result = finished
-    asked: list[str | None] = []
-    train = sweep.train
-
-    def counting(config: am.TrainConfig, **options: bool):
-        asked.append(config.output)
-        return train(config, **options)
-
-    monkeypatch.setattr(sweep, "train", counting)
+    asked = note_runs(monkeypatch)
     again = am.cross_validate(config, 3, quiet=True)
     assert asked == []
     assert (again.out_of_fold.logits == result.out_of_fold.logits).all()
     (result.folder / "fold-2" / "out_of_fold.npz").unlink()  # measured again
     again = am.cross_validate(config, 3, quiet=True)
-    assert [Path(str(path)).name for path in asked] == ["fold-2"]
+    assert asked == ["study/fold-2"]
     assert again.out_of_fold.logits == pytest.approx(result.out_of_fold.logits, abs=1e-6)
     table = (result.folder / "out_of_fold" / "predictions.csv").read_text()
     (result.folder / "fold-2" / "out_of_fold.npz").unlink()

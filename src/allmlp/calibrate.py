@@ -12,14 +12,7 @@ from typing import Any
 from allmlp.console import Reporter
 from allmlp.errors import plural
 from allmlp.evaluate import evaluate
-from allmlp.evaluation.calibration import (
-    LEAST_IMAGES,
-    coverage_table,
-    cross_calibrated,
-    fitted,
-    summary,
-    with_threshold,
-)
+from allmlp.evaluation import calibration
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.options import CalibrateOptions, MeasureOptions
 from allmlp.io import atomic_write, check_not_inputs, expand
@@ -67,9 +60,9 @@ def calibrate(
         given["device"] = str(choose_device(options.device))
     result = evaluate(net, options.data, report=report, **given)
     name = public_name(options.data, result.data)
-    result = replace(result, decision=fitted(result, name))
+    result = replace(result, decision=calibration.fitted(result, name))
     if is_asked:
-        result = replace(result, decision=with_threshold(result, name, **asked))
+        result = replace(result, decision=calibration.with_threshold(result, name, **asked))
     net = copy.copy(net)
     net.decision = result.decision
     return net, result
@@ -95,16 +88,17 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         report.say(f"warning  {line}", style="yellow")
     has_temperature = net.decision.temperature != 1.0
     if not has_temperature:
-        few = f"there are fewer than {LEAST_IMAGES} images"
-        why = few if len(result.labels) < LEAST_IMAGES else "it would not lower the loss"
+        least = calibration.LEAST_IMAGES
+        few = f"there are fewer than {least} images"
+        why = few if len(result.labels) < least else "it would not lower the loss"
         why = why if result.rows is None else "the logits of so many images are not kept"
         report.say(f"no temperature: {why}")
-    for line in summary(net.decision):
+    for line in calibration.summary(net.decision):
         report.say(line)
     if not result.is_multi_label:
-        measured = cross_calibrated(result) if has_temperature else result
+        measured = calibration.cross_calibrated(result) if has_temperature else result
         formats = {"threshold": ".4g", "coverage": ".2%", "accuracy": ".2%"}
         report.say('\nbelow each threshold the answer is "unsure"; accuracy of the others')
-        report.table(coverage_table(measured, _THRESHOLDS), formats=formats)
+        report.table(calibration.coverage_table(measured, _THRESHOLDS), formats=formats)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

@@ -1,12 +1,10 @@
 """`am.find_label_mistakes` and `mixer data mistakes`: images whose label is probably wrong.
 
 A linear probe on frozen features gives out-of-fold probabilities: for every image, by a classifier
-that was not fitted to its label. Images are ranked by the probability of their label. Suspected are
-the images of confident learning (Northcutt, Jiang and Chuang, Journal of Artificial Intelligence
-Research 70, 2021), for which another class is as probable as it is on average for the images
-labelled so, if their own label has less than a quarter of the probability of chance. Both are
-measured in benchmarks/label_mistakes.md. With several labels per image every class is judged by
-itself, present or absent, and an image counts by its least probable entry.
+that was not fitted to its label. Images are ranked by the probability of their label, and suspected
+by `confident_learning` (Northcutt, Jiang and Chuang, Journal of Artificial Intelligence Research
+70, 2021); benchmarks/label_mistakes.md measures both. With several labels per image every class is
+judged by itself, present or absent, and an image counts by its least probable entry.
 
 Shapes: N images, K classes.
 """

@@ -1,18 +1,7 @@
 """Studies of several runs, each in a folder that resumes: fine-tuning, and cross-validation.
 
-Fine-tuning chooses a learning rate on held-out training images, then trains several seeds:
-  grid/lr-0.03/     a run per learning rate: trained on part of the training images, scored on the
-                    rest, never on test images
-  seed-0/           a run per seed, at the best learning rate
-  finetune.json     the mean over the seeds
-  best/             the model of the first seed, for deployment
-
-Cross-validation trains once per fold, and measures each model on the fold it has not seen:
-  fold-1/           a run per fold, with out_of_fold.npz: indices, labels and logits of its images
-                    (for logits above 512 MiB: what the metrics need of each image)
-  folds.json        metrics of each fold, their mean and deviation, and those out of fold
-  out_of_fold/      evaluation.json, per_class.csv, confusion.csv, predictions.csv, figures
-  best/             the model of the fold with the highest accuracy, or mean average precision
+docs/training.md lists the files. The out_of_fold.npz of a fold has indices, labels and logits of
+its images; for logits above 512 MiB what the metrics need of each image.
 """
 
 from __future__ import annotations
@@ -196,8 +185,7 @@ def finetune(
         on = rows[0]["measured_on"]
         result = FinetuneResult(path, config.best_by, reached, best, on, metrics)
         if world.is_main:
-            _save(config, result, path / rows[0]["folder"])
-            _report(sweep, result)
+            _finish(sweep, config, result, path / rows[0]["folder"])
         return result
 
 
@@ -216,10 +204,11 @@ def _choose(sweep: Sweep, by: str, reached: Mapping[float, dict[str, float] | No
     return best
 
 
-def _save(config: TrainConfig, result: FinetuneResult, run: Path) -> None:
-    """Writes finetune.json and the first seed's model, with a model card for all seeds."""
-    section = f"\n## The study\n\nThis is the run with seed {next(iter(result.metrics))}. "
-    section += f"Accuracy on the {result.measured_on} images: {result.summary()}.\n"
+def _finish(sweep: Sweep, config: TrainConfig, result: FinetuneResult, run: Path) -> None:
+    """Writes finetune.json and the first seed's model, with a card for all seeds; prints both."""
+    first, on = next(iter(result.metrics)), result.measured_on
+    section = f"\n## The study\n\nThis is the run with seed {first}. "
+    section += f"Accuracy on the {on} images: {result.summary()}.\n"
     if result.grid:
         section += f"The learning rate {result.learning_rate:g} was chosen on held-out training "
         section += f"images from {', '.join(f'{rate:g}' for rate in result.grid)}.\n"
@@ -230,29 +219,28 @@ def _save(config: TrainConfig, result: FinetuneResult, run: Path) -> None:
         "seeds": list(result.accuracies),
         "accuracies": list(result.accuracies.values()),
         "learning_rate": result.learning_rate,
-        "measured_on": result.measured_on,
+        "measured_on": on,
         "mean": result.mean,
         "deviation": result.deviation,
         "metrics": spreads(list(result.metrics.values())),
     }
     save_study(result.folder, "finetune.json", values, run, section)
-
-
-def _report(sweep: Sweep, result: FinetuneResult) -> None:
-    on = result.measured_on
     runs = [(f"rate {rate:g}", "held out", found) for rate, found in result.grid_metrics.items()]
     runs += [(f"seed {seed}", on, metrics) for seed, metrics in result.metrics.items()]
-    main = main_of(next(iter(result.metrics.values())))
+    main = main_of(result.metrics[first])
     rows = []
     for name, images, metrics in runs:
         cells = metrics_row(metrics, result.best_by) if metrics else {main.title: "diverged"}
         rows.append({"run": name, "images": images, **cells})
     sweep.table(rows)
-    name = "accuracy" if main.name == "top1" else main.title
-    text = f"{on} {name} {result.summary()}, learning rate {result.learning_rate:g}"
+    text = f"{on} {_title(main)} {result.summary()}, learning rate {result.learning_rate:g}"
     sweep.say(text, style="bold green")
-    sweep.say(f"model    {result.folder / 'best'} (of seed {next(iter(result.accuracies))})")
+    sweep.say(f"model    {result.folder / 'best'} (of seed {first})")
     sweep.say(f"table    {result.folder / 'finetune.json'}")
+
+
+def _title(metric: Metric) -> str:
+    return "accuracy" if metric.name == "top1" else metric.title
 
 
 # Cross-validation
@@ -340,8 +328,8 @@ def cross_validate(config: TrainConfig, folds: int = 5, *, quiet: bool = False) 
         rows = list(sweep.run_all(runs, _measure).values())
         result = _joined(path, whole, dealt, rows)
         if world.is_main:
-            _save_folds(config, result, whole, dealt, path / rows[result.best - 1]["folder"])
-            _report_folds(sweep, result, np.bincount(dealt))
+            run = path / rows[result.best - 1]["folder"]
+            _finish_folds(sweep, config, result, whole, dealt, run)
         return result
 
 
@@ -349,18 +337,21 @@ def _measure(result: TrainResult) -> Row:
     """Keeps a fold's logits in its run folder, and its metrics in the study's results."""
     held_out, file = result.validation, io.BytesIO()
     assert held_out is not None
-    names = ("indices", "labels", "logits")
-    columns: dict[str, Any] = {name: getattr(held_out, name) for name in names}
-    columns.update(held_out.rows or {})
-    np.savez(file, **columns)
+    np.savez(file, **_columns(held_out))
     atomic_write(result.run_folder / _LOGITS, file.getvalue())
     test = None if result.test is None else dict(result.test.figures())
     return {"held_out": dict(held_out.figures()), "test": test}
 
 
+def _columns(part: Evaluation) -> dict[str, Any]:
+    """Returns what is kept of each image, by name; the first axis counts images."""
+    kept = {name: getattr(part, name) for name in ("indices", "labels", "logits")}
+    return {**kept, **(part.rows or {})}
+
+
 def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> CrossValidation:
-    name, classes = whole.name, whole.class_names
-    decision = Decision(labels="multi" if whole.is_multi_label else "single")
+    about: dict[str, Any] = {"data": whole.name, "class_names": whole.class_names}
+    about["decision"] = Decision(labels="multi" if whole.is_multi_label else "single")
     parts: list[Evaluation] = []
     for fold, row in enumerate(rows):
         file = path / row["folder"] / _LOGITS
@@ -368,28 +359,18 @@ def _joined(path: Path, whole: Source, dealt: np.ndarray, rows: list[Row]) -> Cr
             with np.load(file, allow_pickle=False) as found:
                 columns = dict(found)
             places = np.flatnonzero(dealt == fold)[columns.pop("indices")]
-            labels, logits = columns.pop("labels"), columns.pop("logits")
+            about |= {name: columns.pop(name) for name in ("labels", "logits")}
         except (OSError, ValueError, LookupError) as error:
             fix = "Remove the file: the fold is measured again"
             raise UserError(f"the logits are damaged: {error}", where=file, fix=fix) from error
-        part = Evaluation(name, classes, labels, places, logits, decision=decision)
-        part.rows = columns or None
-        parts.append(part)
+        parts.append(Evaluation(**about, indices=places, rows=columns or None))
     if any(part.rows is not None for part in parts):  # the logits of a fold were too large to keep
         parts = [part.without_logits() if part.rows is None else part for part in parts]
+    kept = [_columns(part) for part in parts]
     order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
-
-    def column(values: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(values)[order]
-
-    labels, indices, logits = (
-        column([getattr(part, name) for part in parts]) for name in ("labels", "indices", "logits")
-    )
-    out_of_fold = Evaluation(name, classes, labels, indices, logits, decision=decision)
-    columns = [part.rows for part in parts if part.rows is not None]
-    if columns:
-        out_of_fold.rows = {key: column([part[key] for part in columns]) for key in columns[0]}
-    out_of_fold.are_held_out, out_of_fold.trained_on = True, 0
+    joined = {name: np.concatenate([own[name] for own in kept])[order] for name in kept[0]}
+    about |= {name: joined.pop(name) for name in ("indices", "labels", "logits")}
+    out_of_fold = Evaluation(**about, rows=joined or None, are_held_out=True, trained_on=0)
     folds = [row["held_out"] for row in rows]
     main = _shared_main(folds).name
     best = max(range(len(folds)), key=lambda at: (folds[at][main], -folds[at]["loss"], -at))
@@ -402,10 +383,15 @@ def _shared_main(folds: list[dict[str, float]]) -> Metric:
     return main_of(set.intersection(*map(set, folds)))
 
 
-def _save_folds(
-    config: TrainConfig, result: CrossValidation, whole: Source, dealt: np.ndarray, run: Path
+def _finish_folds(
+    sweep: Sweep,
+    config: TrainConfig,
+    result: CrossValidation,
+    whole: Source,
+    dealt: np.ndarray,
+    run: Path,
 ) -> None:
-    """Writes folds.json, out_of_fold/ and the best fold's model with its card."""
+    """Writes folds.json, out_of_fold/ and the best fold's model with its card; prints them."""
     found, folder = result.out_of_fold, result.folder / "out_of_fold"
     found.save(folder, overwrite=True)
     save_evaluation(found, whole, folder)
@@ -415,43 +401,34 @@ def _save_folds(
         row = [whole.item_name(index), dealt[index] + 1, whole.label_text(index), MARK.join(names)]
         rows.append([*row, MARK.join(f"{value:.6f}" for value in values)])
     atomic_write(folder / "predictions.csv", csv_text(rows))
-    mean, deviation = result.spread(result.main)
+    main = _shared_main(result.folds)
+    name, (mean, deviation) = _title(main), result.spread(main.name)
+    over, out = f"{mean:.2%} +- {deviation:.2%}", f"{getattr(found, main.name):.2%}"
     section = (
         f"\n## Cross-validation\n\nThis is the model of fold {result.best} of {len(result.folds)}, "
-        f"which had the highest {_name(result)} on its held-out images. Over the folds it is "
-        f"{mean:.2%} +- {deviation:.2%} (mean and standard deviation); out of fold, each image "
-        f"predicted by the model that had not seen it, {getattr(found, result.main):.2%}.\n"
+        f"which had the highest {name} on its held-out images. Over the folds it is "
+        f"{over} (mean and standard deviation); out of fold, each image "
+        f"predicted by the model that had not seen it, {out}.\n"
     )
     values = {"config": config.to_json(), **result.to_json()}
     save_study(result.folder, "folds.json", values, run, section)
-
-
-def _name(result: CrossValidation) -> str:
-    return "accuracy" if result.main == "top1" else metric_of(result.main).title
-
-
-def _report_folds(sweep: Sweep, result: CrossValidation, images: np.ndarray) -> None:
-    """Prints the metrics of all folds, their mean and deviation, and those out of fold."""
-    found, spread = result.out_of_fold, spreads(result.folds)
-    folds = enumerate(zip(images, result.folds, strict=True), 1)
-    rows = [(f"fold {at}", f"{number:,}", metrics) for at, (number, metrics) in folds]
+    folds = enumerate(zip(np.bincount(dealt), result.folds, strict=True), 1)
+    shown = [(f"fold {at}", f"{number:,}", metrics) for at, (number, metrics) in folds]
     for part in ("mean", "deviation"):
-        rows.append((part, "", {name: spread[name][part] for name in spread}))
-    rows.append(("out of fold", f"{len(found.labels):,}", dict(found.figures())))
+        spread = values["held_out"].items()
+        shown.append((part, "", {metric: of_folds[part] for metric, of_folds in spread}))
+    shown.append(("out of fold", f"{len(found.labels):,}", values["out_of_fold"]))
     sweep.table(
-        {"held out": name, "images": images, **metrics_row(metrics)}
-        for name, images, metrics in rows
+        {"held out": held_out, "images": images, **metrics_row(metrics)}
+        for held_out, images, metrics in shown
     )
-    mean, deviation = result.spread(result.main)
-    name = _name(result)
-    text = f"{name} {mean:.2%} +- {deviation:.2%} (mean and standard deviation of the folds), "
     right = f"{found.correct.sum():,} of {plural(len(found.labels), 'image')}"
-    out = f"{getattr(found, result.main):.2%} out of fold ({right})"
-    sweep.say(f"{text}{out}", style="bold green")
+    text = f"{name} {over} (mean and standard deviation of the folds), {out} out of fold ({right})"
+    sweep.say(text, style="bold green")
     for line in found.warnings():
         sweep.say(f"warning  {line}", style="yellow")
-    if result.tests and result.main in spreads(result.tests):
-        mean, deviation = result.spread(result.main, test=True)
+    if main.name in values["test"]:
+        mean, deviation = result.spread(main.name, test=True)
         sweep.say(f"test     {name} {mean:.2%} +- {deviation:.2%}")
     text = f"{result.folder / 'best'} (of fold {result.best}, the highest {name} of the folds; "
     sweep.say(f"model    {text}expect the mean from it)")

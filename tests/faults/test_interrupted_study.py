@@ -2,15 +2,13 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 import allmlp as am
-from allmlp import sweep
 from conftest import digest
 from runs import before_step, start, unix
-from studies import settings
+from studies import note_runs, settings
 
 KILLED = """
 def kill(trainer):
@@ -30,18 +28,11 @@ def test_a_killed_study_resumes_with_what_is_missing(place, monkeypatch):
     process = start([], place / "said", KILLED.replace("PLACE", repr(str(place))))
     assert process.wait() == -signal.SIGKILL, process.said()
     whole = am.finetune(settings(place, "whole"), grid=[0.1, 0.2], seeds=[0], quiet=True)
-
-    asked, train = [], sweep.train
-
-    def noted(config, **options):
-        asked.append(Path(str(config.output)).name)
-        return train(config, **options)
-
-    monkeypatch.setattr(sweep, "train", noted)
+    asked = note_runs(monkeypatch)
     first = place / "killed" / "grid" / "lr-0.1"
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     again = am.finetune(settings(place, "killed"), grid=[0.1, 0.2], seeds=[0], quiet=True)
-    assert asked == ["lr-0.2", "seed-0"]
+    assert asked == ["grid/lr-0.2", "killed/seed-0"]
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     log = (place / "killed" / "grid" / "lr-0.2" / "log.txt").read_text()
     assert "resumed  after step 3 of 6" in log

@@ -19,8 +19,8 @@ from allmlp.paper import studies as study_module
 from allmlp.paper.studies import Study, ablations, data_scale, permutation, variants_of
 from allmlp.training.dataset import open_training_data
 from conftest import TINY, make_class_folder, refused
-from runs import before_step
-from studies import pretend
+from runs import before_step, unix
+from studies import note_runs, pretend
 
 SIZES = tuple(f"model.overrides.{name}={size}" for name, size in TINY.items())
 PATCH = (*SIZES, "model.overrides.patch_size=2")
@@ -84,20 +84,17 @@ def test_a_run_for_each_model_fraction_and_seed(place, asked):
 def test_an_interrupted_study_resumes_and_is_written_as_a_whole(
     place, asked, monkeypatch, real_figures
 ):
-    train = sweep.train
-
-    def interrupted(config: am.TrainConfig, **options: bool) -> Any:
-        if config.data.fraction == 1.0:
+    def interrupt(name: str) -> None:
+        if name == "1.0/seed-0":
             raise KeyboardInterrupt
-        return train(config, **options)
 
-    monkeypatch.setattr(sweep, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(place)
+    with monkeypatch.context() as patch:
+        note_runs(patch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(place)
     values = read_measurement(place / "study" / "data_scale.json")
     assert (values["partial"], values["missing"]) == (True, ["cells/mixer_s16/1.0/seed-0"])
     assert len(values["rows"]) == 1
-    monkeypatch.setattr(sweep, "train", train)
     result = run(place)
     assert [config.data.fraction for config in asked] == [0.1, 1.0]
     values = read_measurement(place / "study" / "data_scale.json")
@@ -114,6 +111,14 @@ def test_an_interrupted_study_resumes_and_is_written_as_a_whole(
     pixels = np.asarray(Image.open(place / "study" / "data_scale.png").convert("L"))
     assert pixels.std() > 5
     assert "<svg" in (place / "study" / "data_scale.svg").read_text()
+
+
+@unix
+def test_the_folder_of_a_model_has_a_colon_only_if_an_older_version_made_it(tmp_path: Path):
+    (tmp_path / "cells" / "timm:old").mkdir(parents=True)
+    config = am.TrainConfig(output=str(tmp_path))
+    assert study_module.folder_of("timm:new/one", config) == "timm-new-one"
+    assert study_module.folder_of("timm:old", config) == "timm:old"
 
 
 def test_other_few_shot_data_is_measured_again(place, asked):
@@ -249,6 +254,7 @@ SCALE = "data-scale --models mixer_s16 --few-shot-data digits --set model.overri
 )
 def test_mistakes_write_nothing(tmp_path: Path, capsys, monkeypatch, line, named):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "train", None)  # whoever trains fails
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     words = ["--data", "digits", "--recipe", "digits", "--output", "study", "--quiet"]

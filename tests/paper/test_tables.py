@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -257,24 +258,30 @@ def test_the_command(capsys, drawn, tmp_path, monkeypatch):
     assert "54.32" not in report.read_text()
 
 
-def damaged(values: dict[str, Any]) -> str:
-    return json.dumps(values)[:-200]
+DAMAGED = json.dumps(few_shot())[:-200]
 
 
-def test_what_is_not_understood_is_named(drawn, tmp_path):
+def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
+    def guarded(path: Path, *mode: Any, **given: Any) -> Any:
+        if path.name == "secret.json":
+            raise PermissionError(13, "Permission denied")
+        return open(path, *mode, **given)
+
+    monkeypatch.setattr(Path, "open", guarded)
     folder = write(tmp_path / "in", good=few_shot(), new=measured("flights"))
     (folder / "newer.json").write_text(json.dumps({**few_shot(), "version": 2}))
-    (folder / "cut.json").write_text(damaged(few_shot()))
+    (folder / "cut.json").write_text(DAMAGED)
     (folder / "less.json").write_text(json.dumps(measured("few-shot", results=[{"data": "x"}])))
     (folder / "more.json").write_text(json.dumps(small_evaluation(top1=1.5)))
     (folder / "nan.json").write_text(json.dumps(small_evaluation(top1=float("nan"))))
     (folder / "gone.json").symlink_to(folder / "nowhere")
+    os.close(os.open(folder / "secret.json", os.O_CREAT))
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text('{"recipe": "digits"}')
     (folder / "run" / "environment.json").write_text("{")
     result = tables([folder], output=str(tmp_path / "out"))
-    left_out = ("cut.json", "less.json", "more.json", "nan.json", "new.json", "newer.json", "run")
-    assert sorted(Path(text.partition(": ")[0]).name for text in result.left_out) == [*left_out]
+    names = sorted(Path(text.partition(": ")[0]).stem for text in result.left_out)
+    assert names == ["cut", "less", "more", "nan", "new", "newer", "run", "secret"]
     assert "cut.json" in page(tmp_path)
 
 
@@ -290,5 +297,5 @@ def test_what_is_not_understood_is_named(drawn, tmp_path):
 def test_mistakes(capsys, tmp_path, monkeypatch, words, named):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "in", good=few_shot(), new=measured("flights"))
-    (folder / "cut.json").write_text(damaged(few_shot()))
+    (folder / "cut.json").write_text(DAMAGED)
     assert named in refused(capsys, tmp_path, "paper", "tables", *words)

@@ -1,18 +1,14 @@
 """The studies that train from random weights: data scale, shuffled pixels, token-mixing variants.
 
-The folder of a study holds
-  cells/.../seed-0/       the run folder of each run
-  KIND.json               the measurement: settings, all runs, the rows
-  KIND.png, KIND.svg      the figure, if there is one
+A study has cells/.../seed-0/ of each run, and KIND.json, .png and .svg; see docs/studies.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from allmlp.data.transforms import permute, resize_for_evaluation
 from allmlp.errors import UserError, one_of, plural
 from allmlp.evaluation.few_shot import FewShotOptions, few_shots, num_images
 from allmlp.evaluation.result_file import measurement, save_result
+from allmlp.io import expand
 from allmlp.models.catalog import create_model, model_config
 from allmlp.models.mixer import MixerConfig
 from allmlp.options import assigned, assignments, given_settings, make
@@ -44,6 +41,7 @@ from allmlp.runtime.world import join_world
 from allmlp.sweep import Row, Sweep, hash_of_data, mean_and_deviation, study_folder
 from allmlp.training.config import TrainConfig
 from allmlp.training.dataset import Splits, open_training_data, splits_with_train
+from allmlp.training.optim import check_warmup
 from allmlp.training.recipes import for_data, recipe
 from allmlp.training.report import TrainResult
 
@@ -56,94 +54,85 @@ class Study:
     rows: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Defines a study: its runs, and what is done with the results."""
-
-    kind: str  # of the measurement, e.g. "data-scale"; the files are named after it
-    config: TrainConfig  # shared by all runs
-    images: Source  # for training; settings depend on their kind
-    cells: Mapping[str, tuple[Row, TrainConfig]]  # folder -> columns of its row, its settings
-    seeds: tuple[int, ...]  # one run of each cell for each
+def _run(
+    kind: str,  # of the measurement, e.g. "data-scale"; the files are named after it
+    config: TrainConfig,  # shared by all runs
+    images: Source,  # for training; settings depend on their kind
+    cells: Mapping[str, tuple[Row, TrainConfig]],  # folder -> columns of its row, its settings
+    seeds: tuple[int, ...],  # one run of each cell for each
     # Draws the figure PATH.png and may add columns: (PATH, rows of the runs by name, of the cells).
-    finish: Callable[[Path, Mapping[str, Row], list[Row]], None]
-    columns: Mapping[str, str]  # title -> format string, for the printed table
-    few_shot: FewShotOptions | None = None  # measures the features of each run's best weights
-    settings: Mapping[str, Any] = field(default_factory=dict)  # whatever else is to be recorded
+    finish: Callable[[Path, Mapping[str, Row], list[Row]], None],
+    columns: Mapping[str, str],  # title -> format string, for the printed table
+    few_shot: FewShotOptions | None = None,  # measures the features of each run's best weights
+    settings: Mapping[str, Any] | None = None,  # whatever else is to be recorded
+    *,
+    quiet: bool,
+) -> Study:
+    """Trains the missing runs of a study; writes and prints the results of all of them."""
+    runs: dict[str, TrainConfig] = {}
+    for cell, (_, own) in cells.items():
+        own = for_data(own, images)
+        if own.steps is not None and own.model.train_only != "probe":
+            check_warmup(own.optimizer, own.steps)
+        for seed in seeds:
+            subset = {"data.fraction_seed": seed} if own.data.fraction < 1.0 else {}
+            runs[f"cells/{cell}/seed-{seed}"] = own.with_values({"seed": seed, **subset})
+    name = kind.replace("-", "_")
+    names = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
+    few_shot_data = few_shot.data if few_shot else ()
+    folder = study_folder(config.output, names, [config.data.source, *few_shot_data])
 
-    def run(self, *, quiet: bool = False) -> Study:
-        """Trains the missing runs; writes and prints the results of all of them."""
-        name = self.kind.replace("-", "_")
-        configs = {cell: for_data(config, self.images) for cell, (_, config) in self.cells.items()}
-        runs = {
-            f"cells/{cell}/seed-{seed}": config.with_values(_seeded(config, seed))
-            for cell, config in configs.items()
-            for seed in self.seeds
-        }
-        own = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
-        inputs = [self.config.data.source, *(self.few_shot.data if self.few_shot else ())]
-        folder = study_folder(self.config.output, own, inputs)
-
-        def save(done: Mapping[str, Row], rows: list[Row]) -> None:
-            missing = [name for name in runs if name not in done]
-            values = {
-                "settings": dict(self.settings),
-                "rows": rows,
-                "partial": bool(missing),
-                "missing": missing,
-                "cells": dict(done),
-                "config": self.config.to_json(),
-            }
-            save_result(folder / f"{name}.json", measurement(self.kind, None, values))
-
-        with join_world(self.config.device) as (world, _):
-            sweep = Sweep(folder, world, quiet=quiet)
-            by = world.broadcast_from_rank0(self._few_shot_by)
-            for key in map(sweep.key, runs.values()):
-                if key in sweep.rows and sweep.rows[key].get("few_shot_by") != by:
-                    del sweep.rows[key]  # is measured again, not trained again
-            measure = functools.partial(self._measure, by)
-            done = sweep.run_all(runs, measure, lambda done: save(done, self._rows(done)))
-            rows = self._rows(done)
-            if world.is_main:
-                self.finish(folder / name, done, rows)
-                save(done, rows)
-                over = f"{rows[0]['measured_on']} top-1, {plural(len(self.seeds), 'seed')}"
-                for line in ["", *formatted(self.columns, rows), over]:
-                    sweep.say(line)
-                sweep.say(f"written  {folder / name}.json")
-            return Study(folder, rows)
-
-    def _few_shot_by(self) -> list[Any] | None:
-        """What the few-shot accuracies of the runs depend on beside the runs."""
-        if self.few_shot is None:
-            return None
-        data = [hash_of_data(source, None) for source in self.few_shot.data]
-        return [*data, *self.few_shot.shots, *self.few_shot.seeds]
-
-    def _measure(self, few_shot_by: list[Any] | None, result: TrainResult) -> Row:
+    def measure(result: TrainResult) -> Row:
         assert result.validation is not None
         row: Row = {"validation": result.validation.top1}
-        if self.few_shot is not None:
-            (found,) = few_shots(str(result.run_folder), self.few_shot)
-            (shots,) = self.few_shot.shots
+        if few_shot is not None:
+            (found,) = few_shots(str(result.run_folder), few_shot)
+            (shots,) = few_shot.shots
             row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
-            row |= {"notes": found.notes, "few_shot_by": few_shot_by}
+            row |= {"notes": found.notes, "few_shot_by": by}
         return row
 
-    def _rows(self, done: Mapping[str, Row]) -> list[Row]:
+    def rows_of(done: Mapping[str, Row]) -> list[Row]:
         """Returns a row for each cell of which a run is finished."""
         rows = []
-        for cell, (own, _) in self.cells.items():
-            runs = [row for name, row in done.items() if name.startswith(f"cells/{cell}/seed-")]
-            if runs:
-                rows.append(own | _reached(runs) | own)
+        for cell, (own, _) in cells.items():
+            found = [row for name, row in done.items() if name.startswith(f"cells/{cell}/seed-")]
+            if found:
+                rows.append(own | _reached(found) | own)
         return rows
 
+    def save(done: Mapping[str, Row], rows: list[Row]) -> None:
+        missing = [name for name in runs if name not in done]
+        values = {
+            "settings": dict(settings or {}),
+            "rows": rows,
+            "partial": bool(missing),
+            "missing": missing,
+            "cells": dict(done),
+            "config": config.to_json(),
+        }
+        save_result(folder / f"{name}.json", measurement(kind, None, values))
 
-def _seeded(config: TrainConfig, seed: int) -> dict[str, int]:
-    """The seed of a run, which also draws its subset of the images."""
-    return {"seed": seed, **({"data.fraction_seed": seed} if config.data.fraction < 1.0 else {})}
+    with join_world(config.device) as (world, _):
+        sweep = Sweep(folder, world, quiet=quiet)
+        # What the few-shot accuracies depend on beside the runs.
+        hashes = world.broadcast_from_rank0(
+            lambda: [hash_of_data(source, None) for source in few_shot_data]
+        )
+        by = [*hashes, *few_shot.shots, *few_shot.seeds] if few_shot else None
+        for key in map(sweep.key, runs.values()):
+            if key in sweep.rows and sweep.rows[key].get("few_shot_by") != by:
+                del sweep.rows[key]  # is measured again, not trained again
+        done = sweep.run_all(runs, measure, lambda done: save(done, rows_of(done)))
+        rows = rows_of(done)
+        if world.is_main:
+            finish(folder / name, done, rows)
+            save(done, rows)
+            over = f"{rows[0]['measured_on']} top-1, {plural(len(seeds), 'seed')}"
+            for line in ["", *formatted(columns, rows), over]:
+                sweep.say(line)
+            sweep.say(f"written  {folder / name}.json")
+        return Study(folder, rows)
 
 
 def _reached(runs: list[Row]) -> Row:
@@ -195,13 +184,13 @@ def train_config(
     return config.with_values(values, options.settings)
 
 
-def open_data(config: TrainConfig) -> tuple[Splits, int]:
-    """Returns a study's images, which must include validation, and the number to train on."""
+def open_data(config: TrainConfig) -> Splits:
+    """Returns a study's images, which must include validation."""
     splits = open_training_data(config.data)
     if splits.validation is None:
         what = "the best weights are chosen by validation images, and the data has none"
         raise UserError(what, where="holdout", fix="holdout: 0.1, or leave it out")
-    return splits, len(splits.train)
+    return splits
 
 
 def few_shot_options(
@@ -219,6 +208,12 @@ def few_shot_options(
     return found
 
 
+def folder_of(model: str, config: TrainConfig) -> str:
+    """Returns the name of a model's folder; one with a colon only if an older version made it."""
+    is_older = ":" in model and (expand(config.output or "") / "cells" / model).is_dir()
+    return model if is_older else model.replace(":", "-").replace("/", "-")
+
+
 # Figure 2, right: the effect of more training images
 
 
@@ -234,26 +229,29 @@ def data_scale(
     options = make(DataScaleOptions, options, fields)
     own = ("model.name", "data.fraction", "data.fraction_seed", "epochs", "steps")
     config = train_config(options, own, "any")
-    few_shot = few_shot_options(
-        config, options.few_shot_data, options.shots, options.few_shot_seeds
-    )
-    splits, total = open_data(config)
+    data, seeds = options.few_shot_data, options.few_shot_seeds
+    few_shot = few_shot_options(config, data, options.shots, seeds)
+    splits = open_data(config)
+    total, overrides = len(splits.train), config.model.overrides
     cells: dict[str, tuple[Row, TrainConfig]] = {}
     for model in options.models:
+        changed = model_config(model, config.model.image_size, **overrides).summary()
+        is_named = not overrides.keys() - {"dropout", "stochastic_depth"}
+        label = model if is_named else f"{model} changed to {changed}"
         for fraction in sorted(set(options.fractions)):
             changes = {"data.fraction": fraction, "model.name": model}  # resets the sizes
-            own = config.with_values({**changes, "model.overrides": config.model.overrides})
+            own = config.with_values({**changes, "model.overrides": overrides})
             images = max(1, round(fraction * total))
-            row: Row = {"model": model, "label": _label(model, config), "fraction": fraction}
             epochs = round((config.steps or 0) * config.batch_size / images, 3)
+            row: Row = {"model": model, "label": label, "fraction": fraction}
             row |= {"images": images, "epochs": epochs, "steps": config.steps}
-            cells[f"{model}/{fraction!r}"] = row, own
+            cells[f"{folder_of(model, config)}/{fraction!r}"] = row, own
 
     def finish(path: Path, _: Mapping[str, Row], points: list[Row]) -> None:
         label = f"linear {options.shots}-shot top-1 (%)"
         save(data_scale_figure(points, label, options.few_shot_data, options.data), path)
 
-    return Experiment(
+    return _run(
         kind="data-scale",
         config=config,
         images=splits.train,
@@ -278,15 +276,8 @@ def data_scale(
             "shots": options.shots,
             "few_shot_seeds": list(options.few_shot_seeds),
         },
-    ).run(quiet=quiet)
-
-
-def _label(model: str, config: TrainConfig) -> str:
-    """Returns the model's name, plus its sizes if they are not the default."""
-    overrides = config.model.overrides
-    changed = model_config(model, config.model.image_size, **overrides)
-    is_named = not overrides.keys() - {"dropout", "stochastic_depth"}
-    return model if is_named else f"{model} changed to {changed.summary()}"
+        quiet=quiet,
+    )
 
 
 # Figure 4: how much a network depends on the order of the pixels
@@ -322,9 +313,9 @@ def permutation(
         for kind, order in orders.items():
             changes = {f"data.{name}": value for name, value in order.items()}
             changes |= {"model.name": model, "model.overrides": overrides}
-            folder = f"{model.replace(':', '-').replace('/', '-')}/{kind}"
-            cells[folder] = {"model": model, "permutation": kind}, config.with_values(changes)
-    splits, _ = open_data(config)
+            row: Row = {"model": model, "permutation": kind}
+            cells[f"{folder_of(model, config)}/{kind}"] = row, config.with_values(changes)
+    splits = open_data(config)
     shown = splits.test or splits.validation
     assert shown is not None
     examples = _examples(config, [*orders.values()], shown)
@@ -336,10 +327,13 @@ def permutation(
         columns[f"{options.shots}-shot"] = "{few_shot:.2%}"
 
     def finish(path: Path, done: Mapping[str, Row], rows: list[Row]) -> None:
-        add_drops(rows)
+        plain = {row["model"]: row["accuracy"] for row in rows if row["permutation"] == "none"}
+        for row in rows:
+            accuracy = plain[row["model"]]
+            row["drop"] = 1 - row["accuracy"] / accuracy if accuracy else None
         save(permutation_figure(done, rows, examples, options.data), path)
 
-    return Experiment(
+    return _run(
         kind="permutation",
         config=config,
         images=splits.train,
@@ -355,21 +349,14 @@ def permutation(
             "few_shot_data": options.few_shot_data,
             "shots": options.shots if options.few_shot_data else None,
         },
-    ).run(quiet=quiet)
-
-
-def add_drops(rows: list[Row]) -> None:
-    """Adds to each row the relative loss in accuracy compared with the original images."""
-    plain = {row["model"]: row["accuracy"] for row in rows if row["permutation"] == "none"}
-    for row in rows:
-        accuracy = plain[row["model"]]
-        row["drop"] = 1 - row["accuracy"] / accuracy if accuracy else None
+        quiet=quiet,
+    )
 
 
 def _examples(
-    config: TrainConfig, orders: list[dict[str, Any]], source: Source, most: int = 3
+    config: TrainConfig, orders: list[dict[str, Any]], source: Source
 ) -> list[list[np.ndarray]]:
-    """Returns example images in these orders, uint8 (H, W, channels)."""
+    """Returns three images in these orders, uint8 (H, W, channels)."""
     side = config.model.image_size
     size = (side, side) if isinstance(side, int) else side
     assert size is not None
@@ -385,7 +372,7 @@ def _examples(
             resized = np.array(resize_for_evaluation(pixels, rules[0]))
             image = torch.from_numpy(resized).movedim(2, 0)[None]
             found.append([permute(image, rule)[0].movedim(0, 2).numpy() for rule in rules])
-        if len(found) == most:
+        if len(found) == 3:
             break
     return found
 
@@ -442,7 +429,7 @@ def ablations(
             rate = None if speed.best is None else speed.best.images_per_second
             row |= {"images_per_second": rate, "precision": speed.precision}
 
-    return Experiment(
+    return _run(
         kind="ablations",
         config=config,
         images=images,
@@ -460,4 +447,5 @@ def ablations(
             "FLOPs": "{flops:,}",
             "images/s": "{images_per_second:,.0f}",
         },
-    ).run(quiet=quiet)
+        quiet=quiet,
+    )

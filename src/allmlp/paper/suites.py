@@ -1,29 +1,10 @@
 """VTAB-1k and "Avg 5": a checkpoint fine-tuned on many tasks, and the mean over them.
 
 VTAB-1k (Zhai et al. 2019) has 19 tasks of 800 training images and 200 to choose the learning rate;
-the final runs train on all 1,000. Two official protocols, both with SGD with momentum 0.9, a new
-zero head, and images squashed to the model's size:
-  paper         Google's ViT and Mixer: 2,500 steps of 512 images, cosine decay from the best of
-                three learning rates after 200 steps of warm-up, clipped at norm 1, random crop and
-                flip if the task allows them, 224 or 448 pixels by task, three seeds
-  lightweight   task_adaptation: 1,000 steps of 64 images, learning rate 0.01 divided by 10 after
-                steps 300, 600 and 900, 80 steps of warm-up, no clipping or augmentation, 224 pixels
-
-"Avg 5" (the paper, appendix C) is the mean over ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers.
-The learning rate is chosen on held-out training images, then one run per seed trains on all of
-them. Steps, learning rates and held-out fractions are those of the recipe for each data set.
-
-The folder of a suite holds
-  suite.json      a measurement: result of each task, the mean, missing tasks
-  data/           which images of its source each task uses, one or two small files each
-  TASK/           the study of each task, see `allmlp.studies`
-
-The official index ranges of VTAB-1k refer to the order in tfds, which users' files do not share.
-The rule that was used is reported with every result:
-    own        the source has at most 1,000 training images: all of them
-    official   the suite's index ranges, in the source's order
-    first      the ranges do not fit: the first 800 training images, then 200 others
-    whole      all training images (Avg 5)
+the final runs train on all 1,000. Its two protocols are Google's for ViT and Mixer ("paper") and
+that of task_adaptation ("lightweight"). "Avg 5" (the paper, appendix C) is the mean over ImageNet,
+CIFAR-10, CIFAR-100, Pets and Flowers, each by its recipe. docs/transfer.md lists the settings, the
+rules by which a source's images are chosen, and the files.
 """
 
 from __future__ import annotations
@@ -32,7 +13,7 @@ import functools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +66,6 @@ class Suite:
     config: Callable[[Task], TrainConfig]
     rates: Callable[[Task], tuple[float, ...]]  # if there is only one, no grid is run
     seeds: tuple[int, ...]
-    plan: Callable[[Task, str], Plan]  # task, source -> the images
 
 
 # The data of a task
@@ -95,7 +75,7 @@ class Suite:
 class Plan:
     """How a source is used for a task."""
 
-    rule: str  # see the module docstring
+    rule: str  # own, official or first of docs/transfer.md, or whole: all images of Avg 5
     final: SubsetFile  # for the final runs; its source can be opened from any folder
     grid: SubsetFile | None  # for the grid; None holds out a fraction of the training images
     images: dict[str, int | None]  # of "train", "held_out" (part of it) and "test"
@@ -112,28 +92,6 @@ class Plan:
         text += f", {images['test']:,} to test ({', '.join(parts['test'])})"
         lines = [self.final.source, f"images by the rule {self.rule}: {text}", *self.notes]
         return lines + [f"differs from the task: {', '.join(self.departs)}"] * bool(self.departs)
-
-
-def plan_1k(task: Task, source: str) -> Plan:
-    """Plans a VTAB-1k task on a source: 800 training, 200 validation images, and test."""
-    opened, classes, notes = _open(task, source)
-    rule, train, validation, test = _parts(task, opened, source)
-    final = SubsetFile(source, {"train": (train, validation), "test": (test,)}, classes)
-    grid = SubsetFile(source, {"train": (train,), "validation": (validation,)}, classes)
-    return _checked(task, rule, final, grid, notes)
-
-
-def plan_whole(task: Task, source: str) -> Plan:
-    """Plans a task on a source: all of its training images, and its test set.
-
-    Validation images are used for training, too, e.g. the paper's 2,040 images of Flowers-102. If
-    the source has no test images, as with ImageNet, they are the test set.
-    """
-    opened, classes, notes = _open(task, source)
-    test = _test_split(opened, source)
-    train = tuple(name for name in ("train", "validation") if name in opened and name != test)
-    final = SubsetFile(source, {"train": train, "test": (test,)}, classes)
-    return _checked(task, "whole", final, None, notes)
 
 
 def _open(task: Task, source: str) -> tuple[Mapping[str, Source], Any, list[str]]:
@@ -189,9 +147,19 @@ def _fits(opened: Mapping[str, Source], text: str) -> bool:
         return False
 
 
-def _checked(
-    task: Task, rule: str, final: SubsetFile, grid: SubsetFile | None, notes: list[str]
-) -> Plan:
+def plan_of(task: Task, source: str) -> Plan:
+    """Plans a task: of VTAB-1k 800 training images, 200 to choose the rate, and test; of Avg 5 all
+    images but those of test, or of validation where there is no test split, as with ImageNet."""
+    opened, labels, notes = _open(task, source)
+    grid = None
+    if task.parts:
+        rule, train, validation, test = _parts(task, opened, source)
+        trained: tuple[str, ...] = (train, validation)
+        grid = SubsetFile(source, {"train": (train,), "validation": (validation,)}, labels)
+    else:
+        rule, test = "whole", _test_split(opened, source)
+        trained = tuple(name for name in ("train", "validation") if name in opened and name != test)
+    final = SubsetFile(source, {"train": trained, "test": (test,)}, labels)
     splits = open_subset(final)
     train, classes = splits["train"], len(splits["train"].class_names)
     present = len(np.unique(train.labels))
@@ -207,7 +175,7 @@ def _checked(
         departs.append(f"{classes} classes, not {task.num_classes}")
     if rule == "first":
         departs.append("not the suite's index ranges")
-    for name, number in (task.images if rule == "whole" else {"train": _TRAIN + _CHOOSE}).items():
+    for name, number in (task.images or {"train": _TRAIN + _CHOOSE}).items():
         if images[name] != number:
             departs.append(f"{images[name]:,} {name} images, not {number:,}")
     return Plan(rule, final, grid, images, classes, departs, notes)
@@ -318,21 +286,25 @@ class SuiteResult:
 
 
 def run_suite(
-    suite: Suite, checkpoint: str, options: SuiteOptions, *, quiet: bool = False
+    official: Suite, checkpoint: str, options: SuiteOptions, *, quiet: bool = False
 ) -> SuiteResult:
     """Fine-tunes a checkpoint on the named tasks; the result includes earlier tasks.
 
     All tasks are checked before the first run: data, settings and model size. All problems are
     reported at once, before anything is written.
     """
-    sources = named_tasks(options.task, options.tasks, suite.known)
+    sources = named_tasks(options.task, options.tasks, official.known)
     for name in assigned(options.settings):
         if name in _OWN:
             what = f"{name} is chosen by the suite"
             raise UserError(what, where="set", fix=f"Use {_OWN[name]}")
-    configs = {name: _config(suite.config(suite.known[name]), options) for name in sources}
-    rates = {name: options.grid or suite.rates(suite.known[name]) for name in sources}
-    seeds, changes = options.seeds or suite.seeds, _changes(suite, options)
+    suite = replace(
+        official,
+        config=lambda task: _config(official.config(task), options),
+        rates=lambda task: options.grid or official.rates(task),
+        seeds=options.seeds or official.seeds,
+    )
+    changes = _changes(official, suite)
     own = ("suite.json", "data", *suite.known)
     folder = study_folder(options.output, own, sources.values())
     file = folder / "suite.json"
@@ -345,10 +317,10 @@ def run_suite(
             "weights_sha256": weights_hash(model),
             "protocol": suite.protocol,
             "changes": changes,
-            "seeds": list(seeds),
+            "seeds": list(suite.seeds),
         }
         before, done = world.broadcast_from_rank0(lambda: _before(file, header))
-        plans = _check_all(suite, checkpoint, sources, configs, rates, seeds)
+        plans = _check_all(suite, checkpoint, sources)
 
         def save() -> SuiteResult:
             tasks = {name: done[name] for name in suite.known if name in done}
@@ -363,14 +335,15 @@ def run_suite(
             report.log_to(folder / "log.txt")
         result = save()  # before the first run, to claim the folder
         of = f"{len(plans)} of {plural(len(suite.known), 'task')}"
-        say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, seeds))}")
+        say(f"suite    {suite.protocol}: {of}, seeds {', '.join(map(str, suite.seeds))}")
         if changes:
             say(f"changed  not the official protocol: {', '.join(changes)}")
         for name, plan in plans.items():
             say(f"task     {name}: " + "\n         ".join(plan.describe()))
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"\n##### {name}: task {number} of {len(plans)}")
-            grid = rates[name] if len(rates[name]) > 1 else ()
+            rate, *others = suite.rates(suite.known[name])
+            grid = [rate, *others] if others else []
             files = {folder / "data" / f"{name}.json": plan.final}
             if plan.grid is not None and grid:
                 files[folder / "data" / f"{name}-grid.json"] = plan.grid
@@ -381,9 +354,11 @@ def run_suite(
             values = {"model.weights": checkpoint, "data.source": final}
             values |= {"output": str(folder / name)}
             if not grid:
-                values |= {"data.holdout": 0.0, "optimizer.learning_rate": rates[name][0]}
-            config = configs[name].with_values(values)
-            found = finetune(config, grid=grid, seeds=seeds, grid_source=grid_source, quiet=quiet)
+                values |= {"data.holdout": 0.0, "optimizer.learning_rate": rate}
+            config = suite.config(suite.known[name]).with_values(values)
+            found = finetune(
+                config, grid=grid, seeds=suite.seeds, grid_source=grid_source, quiet=quiet
+            )
             done[name] = _entry(plan, config, found)
             result = save()
         for line in ["", *result.lines()]:
@@ -407,17 +382,16 @@ def _config(official: TrainConfig, options: SuiteOptions) -> TrainConfig:
     return official.with_values(values, options.settings)
 
 
-def _changes(suite: Suite, options: SuiteOptions) -> list[str]:
+def _changes(official: Suite, suite: Suite) -> list[str]:
     """Deviations of the runs from the official protocol."""
     found: dict[str, str] = {}
     for task in suite.known.values():
-        official = suite.config(task)
-        before, now = identity(official), identity(_config(official, options))
+        before, now = identity(official.config(task)), identity(suite.config(task))
         found |= {key: f"{key}={now[key]}" for key in now if now[key] != before.get(key)}
-        if options.grid and options.grid != suite.rates(task):
-            found["grid"] = f"grid {' '.join(f'{rate:g}' for rate in options.grid)}"
-    if options.seeds and options.seeds != suite.seeds:
-        found["seeds"] = f"seeds {' '.join(map(str, options.seeds))}"
+        if suite.rates(task) != official.rates(task):
+            found["grid"] = f"grid {' '.join(f'{rate:g}' for rate in suite.rates(task))}"
+    if suite.seeds != official.seeds:
+        found["seeds"] = f"seeds {' '.join(map(str, suite.seeds))}"
     return list(found.values())
 
 
@@ -434,34 +408,29 @@ def _before(
     return dict(values.get("sources") or {}), dict(values.get("tasks") or {})
 
 
-def _check_all(
-    suite: Suite,
-    checkpoint: str,
-    sources: Mapping[str, str],
-    configs: Mapping[str, TrainConfig],
-    rates: Mapping[str, tuple[float, ...]],
-    seeds: tuple[int, ...],
-) -> dict[str, Plan]:
+def _check_all(suite: Suite, checkpoint: str, sources: Mapping[str, str]) -> dict[str, Plan]:
     """Returns the plan of each task; all problems are collected in a single error."""
     plans: dict[str, Plan] = {}
     wrong: dict[str, UserError] = {}
     loads = functools.cache(lambda size: load_model(checkpoint, size, quiet=True) and None)
-    for name, config in configs.items():
+    for name, source in sources.items():
+        task = suite.known[name]
         try:
+            config = suite.config(task)
             assert config.steps is not None
             check_warmup(config.optimizer, config.steps)
-            for rate in rates[name]:
+            for rate in suite.rates(task):
                 config.with_value("optimizer.learning_rate", rate)
-            for seed in seeds:
+            for seed in suite.seeds:
                 config.with_value("seed", seed)
-            plans[name] = suite.plan(suite.known[name], sources[name])
+            plans[name] = plan_of(task, source)
             for split in open_subset(plans[name].final).values():
                 check_readable(split, config.data.max_bad)
             loads(config.model.image_size)
         except UserError as error:
             wrong[name] = error
     if wrong:
-        lines = [f"{len(wrong)} of {plural(len(configs), 'task')} cannot be run:"]
+        lines = [f"{len(wrong)} of {plural(len(sources), 'task')} cannot be run:"]
         for name, error in wrong.items():
             where = f" ({error.where})" if error.where else ""
             lines.append(f"{name}: {error.what}{where}")
@@ -491,6 +460,18 @@ def _entry(plan: Plan, config: TrainConfig, result: FinetuneResult) -> dict[str,
 
 # The two suites
 
+_LIGHTWEIGHT = {
+    "steps": 1000,
+    "batch_size": 64,
+    "evaluate_every": 200,
+    "model.image_size": 224,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.schedule": "steps",
+    "optimizer.decay_at": (300.0, 600.0, 900.0),
+    "optimizer.warmup": 80.0,
+    "optimizer.clip_norm": 0.0,
+}
+
 
 def vtab(
     checkpoint: str | None = None,
@@ -507,40 +488,21 @@ def vtab(
         fix = "mixer paper vtab CHECKPOINT --task NAME=SOURCE --output FOLDER"
         raise UserError("no checkpoint is named", fix=fix, code="missing")
     is_paper = options.protocol == "paper"
+
+    def config(task: Task) -> TrainConfig:
+        own = {"model.image_size": task.image_size, "augment.flip": task.flip}
+        own |= {"augment.crop": "random" if task.crop else "none"}
+        return recipe("finetune_vtab").with_values(own if is_paper else _LIGHTWEIGHT)
+
     suite = Suite(
         kind="vtab",
         known=VTAB,
         protocol=f"VTAB-1k, protocol {options.protocol}",
-        config=_paper if is_paper else _lightweight,
+        config=config,
         rates=lambda _: LEARNING_RATES["finetune_vtab"] if is_paper else (0.01,),
         seeds=(0, 1, 2) if is_paper else (0,),
-        plan=plan_1k,
     )
     return run_suite(suite, checkpoint, options, quiet=quiet)
-
-
-def _paper(task: Task) -> TrainConfig:
-    values = {
-        "augment.crop": "random" if task.crop else "none",
-        "augment.flip": task.flip,
-        "model.image_size": task.image_size,
-    }
-    return recipe("finetune_vtab").with_values(values)
-
-
-def _lightweight(_: Task) -> TrainConfig:
-    values = {
-        "steps": 1000,
-        "batch_size": 64,
-        "evaluate_every": 200,
-        "model.image_size": 224,
-        "optimizer.learning_rate": 0.01,
-        "optimizer.schedule": "steps",
-        "optimizer.decay_at": (300.0, 600.0, 900.0),
-        "optimizer.warmup": 80.0,
-        "optimizer.clip_norm": 0.0,
-    }
-    return recipe("finetune_vtab").with_values(values)
 
 
 def avg5(
@@ -565,19 +527,14 @@ def avg5(
         config=config,
         rates=lambda task: LEARNING_RATES[task.recipe],
         seeds=(0, 1, 2),
-        plan=plan_whole,
     )
     return run_suite(suite, checkpoint, options, quiet=quiet)
 
 
 def show(result: SuiteResult | None, _: VtabOptions) -> None:
     """Prints the list of tasks, if requested; a suite has already printed its result."""
-    if result is None:
-        print("\n".join(task_lines()))
-
-
-def task_lines() -> list[str]:
-    """Returns the output of `mixer paper vtab --list`."""
+    if result is not None:
+        return
     columns = {
         "task": "{name}",
         "group": "{group}",
@@ -596,4 +553,4 @@ def task_lines() -> list[str]:
         if task.labels is not None:
             lines.append(f"  {task.name:<21} {task.number}: {task.labels.describe()}")
     lines += ["", "Give the data of a task as --task NAME=SOURCE or in a file, --tasks tasks.json."]
-    return lines
+    print("\n".join(lines))

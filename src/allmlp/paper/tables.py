@@ -1,8 +1,7 @@
 """The paper's Tables 1, 2 and 3 next to our own measurements, as a web page.
 
-The paper's values come from `published`, ours from files that our commands wrote. They never share
-a table or a figure panel. An accuracy appears in an ImageNet column only if it covers all 50,000
-validation images; a mean with missing tasks is marked.
+They never share a table or a figure panel. An accuracy appears in an ImageNet column only if it
+covers all 50,000 validation images; a mean with missing tasks is marked.
 """
 
 from __future__ import annotations
@@ -185,10 +184,15 @@ def _places(path: Path) -> Iterator[Path]:
 
 def _kind_of(path: Path) -> str | None:
     """Returns the kind of a measurement, which stands at its beginning; None for other files."""
-    if path.suffix != ".json" or path.name.startswith(".") or not path.is_file():
+    if path.suffix != ".json" or path.name.startswith("."):
         return None
-    with path.open("rb") as file:
-        start = file.read(1000)
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            start = file.read(1000)
+    except OSError:
+        return "unknown"  # whoever reads all of it says why
     kind = re.search(rb'"kind": "([\w-]*)"', start)
     return None if b" measurement" not in start else kind[1].decode() if kind else "unknown"
 
@@ -255,7 +259,7 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
         if found["not_imagenet"] is not None:
             row = {name: found[name] for name in ("model", "source", "data", "px")}
             row |= {"images": f"{evaluation['images']:,}", "top-1": percent(found["top1"])}
-            yield _OTHER, {**row, "device-days": _days(found)}
+            yield _OTHER, {**row, "device-days": found["device-days"]}
     if one.kind == "throughput":
         for entry in values["models"]:
             if entry["best"] is not None:
@@ -269,30 +273,36 @@ def _contribute(one: Measured) -> Iterator[tuple[str, Cells]]:
         for result in values["results"]:
             shots = {f"{shots}-shot": percent(mean) for shots, mean in result["mean"].items()}
             yield "Few-shot accuracy", {"model": source, "data": result["data"], **shots}
-    if one.kind in _SUITES:
-        _ = values["missing"], _suite_mean(one)  # an error if they are not there
+    if one.kind in _SUITES:  # an error if they are not there
+        _ = values["missing"], values["tasks"] and _suite_mean(one)
 
 
 def _accuracy(one: Measured, found: dict[str, Any]) -> dict[str, Any]:
     """The result of an evaluation in the form that the tables and figures need."""
-    real = found.get("real")
+    real: dict[str, Any] = found.get("real") or {"images": None}
+    model = _of_model(one.model, one)
     protocol = found.get("protocol") or one.model.get("preprocessing") or {}
     resize, crop = protocol.get("resize"), protocol.get("crop")
-    is_papers = resize in ("resmall-crop", "resize-crop") and crop in (None, 0.875)
-    shown = resize or "protocol unknown"
-    if crop is not None and shown.endswith("crop"):
-        shown += f" {crop:.4g}"
+    mark = ""
+    if resize not in ("resmall-crop", "resize-crop") or crop not in (None, 0.875):
+        with_crop = crop is not None and (resize or "").endswith("crop")
+        mark = f" ({resize or 'protocol unknown'}{f' {crop:.4g}' if with_crop else ''})"
     is_from_random = not one.values.get("config", {}).get("model", {}).get("weights")
+    days, cost = (one.values.get("days") or None) if is_from_random else None, None
+    if days is not None:
+        shown = np.format_float_positional(days, 3, fractional=False, trim="-")
+        cost = f"{shown} on {model['hardware']}"
     return {
-        **_of_model(one.model, one),
+        **model,
         "source": str(one.model.get("source") or one.path),
         "data": str(found["data"]),
         "top1": float(found["top1"]),
-        "real": float(real["accuracy"]) if real and real["images"] == REAL_IMAGES else None,
-        "table": 2 if resize == "resize-crop" else 3,
-        "mark": "" if is_papers else f" ({shown})",
         "not_imagenet": why_not_imagenet(found),
-        "days": (one.values.get("days") or None) if is_from_random else None,
+        "days": days,
+        "table": 2 if resize == "resize-crop" else 3,
+        "ImageNet": percent(found["top1"]) + mark,
+        "ReaL": percent(real["accuracy"]) + mark if real["images"] == REAL_IMAGES else None,
+        "device-days": cost,
     }
 
 
@@ -305,7 +315,6 @@ def _speed(one: Measured, entry: dict[str, Any]) -> dict[str, Any]:
         "batch": f"{entry['best']['batch_size']:,}",
         "images/s": f"{speed:,.4g}",
         "speed": speed,
-        "number": one.number,
     }
 
 
@@ -319,6 +328,7 @@ def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> d
         "model": str(model.get("name") or "unknown"),
         "px": _size(model.get("image_size")),
         "shape": json.dumps(shape, sort_keys=True) if shape else "",  # determines the speed
+        "number": one.number,
         "hardware": hardware(one.values["environment"], threads),
     }
 
@@ -326,8 +336,6 @@ def _of_model(model: dict[str, Any], one: Measured, threads: object = None) -> d
 def _suite_mean(one: Measured) -> str:
     """Mean of a suite, marked if tasks are missing or the protocol differs."""
     tasks, total = one.values["tasks"], _SUITES[one.kind][1]
-    if not tasks:
-        return "none yet"
     is_whole = len(tasks) == total and not one.values["missing"]
     marks = [] if is_whole else [f"partial: {len(tasks)} of {plural(total, 'task')}"]
     marks += ["changed protocol"] if one.values.get("changes") else []
@@ -368,13 +376,6 @@ def _size(value: object) -> str:
     if isinstance(value, list):
         return "x".join(map(str, dict.fromkeys(value)))
     return "unknown" if value is None else str(value)
-
-
-def _days(accuracy: dict[str, Any]) -> str | None:
-    if accuracy["days"] is None:
-        return None
-    days = np.format_float_positional(accuracy["days"], 3, fractional=False, trim="-")
-    return f"{days} on {accuracy['hardware']}"
 
 
 def _fastest(shape: str, found: list[Measured]) -> list[dict[str, Any]]:
@@ -421,7 +422,7 @@ def _fill(page: Tables, found: list[Measured]) -> None:
 
 
 def _how(one: Measured) -> str:
-    """Returns one line on how something was measured: data, protocol, command, hardware, date."""
+    """Returns one line: data, protocol, command, hardware, date."""
     values, environment = one.values, one.values["environment"]
     found = values.get("evaluation") or values
     keys = ("checkpoint", "data", "images", "protocol", "changes", "settings", "rounds", "seconds")
@@ -480,32 +481,15 @@ def _table(
 def _our_rows(found: list[Measured], number: int) -> list[Cells]:
     """Our rows for Table 2 (resize-crop, and suites measured with it) or Table 3 (all others)."""
     rows: list[Cells] = []
-
-    def put(source: str, model: str, size: str, cells: Cells, cited: Sequence[int]) -> None:
-        """Adds cells to the model's row, or to a new one if it has a value there already."""
-        own = {"model": model if source == model else f"{model} ({source})", "px": size}
-        same = (row for row in rows if own.items() <= row.items())
-        row = next((row for row in same if all(row[name] is None for name in cells)), None)
-        if row is None:
-            checkpoint = find_checkpoint(source)
-            trained = None if checkpoint is None else checkpoint.trained_on
-            row = {"pre-trained on": trained, **own, **dict.fromkeys(_OURS)}
-            rows.append(row)
-        before = [row["how"]] if row["how"] else []
-        row |= cells
-        row["how"] = " ".join(map(str, [*before, *(f"[{at}]" for at in cited)]))
-
-    for one in found:
-        accuracy = one.accuracy
-        if accuracy and accuracy["not_imagenet"] is None and accuracy["table"] == number:
+    for accuracy in (one.accuracy for one in found if one.accuracy is not None):
+        if accuracy["not_imagenet"] is None and accuracy["table"] == number:
             fast = _fastest(accuracy["shape"], found)
+            row = _own_row(accuracy["source"], accuracy["model"], accuracy["px"])
+            row |= {name: accuracy[name] for name in ("ImageNet", "ReaL", "device-days")}
             speeds = (f"{s['images/s']} on {s['hardware']}, {s['precision']}" for s in fast)
-            cells: Cells = {"ImageNet": percent(accuracy["top1"]) + accuracy["mark"]}
-            if accuracy["real"] is not None:
-                cells["ReaL"] = percent(accuracy["real"]) + accuracy["mark"]
-            cells |= {"img/s": "; ".join(speeds), "device-days": _days(accuracy)}
-            cited = [one.number, *(speed["number"] for speed in fast)]
-            put(accuracy["source"], accuracy["model"], accuracy["px"], cells, cited)
+            row["img/s"] = "; ".join(speeds)
+            row["how"] = " ".join(f"[{of['number']}]" for of in (accuracy, *fast))
+            rows.append(row)
     for one in found:
         tasks = one.values["tasks"].values() if one.kind in _SUITES else ()
         by = {task.get("resize") for task in tasks}
@@ -513,9 +497,24 @@ def _our_rows(found: list[Measured], number: int) -> list[Cells]:
             source = str(one.values.get("checkpoint") or one.model.get("source") or one.path)
             sizes = {str(task.get("image_size")) for task in tasks}
             size = sizes.pop() if len(sizes) == 1 else _size(one.model.get("image_size"))
-            cells = {_SUITES[one.kind][0]: _suite_mean(one)}
-            put(source, str(one.model.get("name", source)), size, cells, [one.number])
+            new, title = (
+                _own_row(source, str(one.model.get("name", source)), size),
+                _SUITES[one.kind][0],
+            )
+            own = {"model": new["model"], "px": size, title: None}
+            row = next((row for row in rows if own.items() <= row.items()), None)
+            if row is None:
+                rows.append(row := new)
+            row[title] = _suite_mean(one)
+            row["how"] = f"{row['how']} [{one.number}]" if row["how"] else f"[{one.number}]"
     return rows
+
+
+def _own_row(source: str, model: str, size: str) -> Cells:
+    checkpoint = find_checkpoint(source)
+    trained = None if checkpoint is None else checkpoint.trained_on
+    name = model if source == model else f"{model} ({source})"
+    return {"pre-trained on": trained, "model": name, "px": size, **dict.fromkeys(_OURS)}
 
 
 def _draw_pareto(page: Tables, found: list[Measured]) -> None:

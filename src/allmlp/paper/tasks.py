@@ -1,10 +1,8 @@
 """The tasks of VTAB-1k and "Avg 5" as data.
 
 The index ranges of VTAB-1k are those of task_adaptation, in tfds order. Crop and flip follow
-appendix F of Big Transfer (Kolesnikov et al. 2020), as in Google's ViT and Mixer: neither where it
-would change the answer. The paper fine-tunes Mixers at 224 pixels on data sets of small images and
-at 448 on large ones. Small is as in the BiT-HyperRule, below 96 x 96 pixels, so that Patch Camelyon
-and smallNORB, with exactly 96 x 96, are large.
+appendix F of Big Transfer (Kolesnikov et al. 2020): neither where it would change the answer. Small
+images, below 96 x 96 pixels (BiT-HyperRule), are brought to 224 pixels, others to 448.
 """
 
 from __future__ import annotations
