@@ -115,8 +115,9 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
     assert len(exact) == 2
 
 
-def three_splits() -> dict[str, Source]:
-    """Images 1 to 6; those with a tenth are JPEG copies."""
+@pytest.fixture
+def found() -> Duplicates:
+    """In three splits of images, where a tenth is a JPEG copy."""
 
     def files(*seeds: float) -> list[bytes]:
         return [
@@ -124,25 +125,23 @@ def three_splits() -> dict[str, Source]:
             for seed in seeds
         ]
 
-    return {
+    splits = {
         "train": source(files(1, 2, 3, 4, 4.1, 4)),
         "validation": source(files(2.1, 5, 6), "validation"),
         "test": source(files(1, 6.1, 9, 9), "test"),
     }
+    return find_duplicates(splits, num_workers=0)
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> tuple[dict[str, Source], Path]:
-    """Three splits and the list of what to exclude."""
-    splits, path = three_splits(), tmp_path / "list.txt"
-    found = find_duplicates(splits, num_workers=0)
-    path.write_text(exclude_list(splits, found.to_exclude(), "made"))
-    return splits, path
+def path(found: Duplicates, tmp_path: Path) -> Path:
+    """The list of what to exclude of them."""
+    path = tmp_path / "list.txt"
+    path.write_text(exclude_list(found.splits, found.to_exclude(), "made"))
+    return path
 
 
-def test_the_list_keeps_test_and_the_first(listed):
-    splits, path = listed
-    found = find_duplicates(splits, num_workers=0)
+def test_the_list_keeps_test_and_the_first(found: Duplicates, path: Path):
     assert found.counts()["test"]["train"] == 1
     assert found.counts()["train"]["train"] == 3
     excluded = read_exclude_list(path)
@@ -152,7 +151,7 @@ def test_the_list_keeps_test_and_the_first(listed):
     assert why[0] == "same file as test[0] made/test[0]"
     assert why[1] == "near duplicate of validation[0] made/validation[0]"
     assert why[3] == "same file as train[3] made/train[3]"
-    kept = {name: exclude(data, excluded, name) for name, data in splits.items()}
+    kept = {name: exclude(data, excluded, name) for name, data in found.splits.items()}
     assert [len(data) for data in kept.values()] == [2, 2, 3]
     assert kept["train"].item_name(0) == "made/train[2]"
     assert len(find_duplicates(kept, num_workers=0)) == 0
@@ -165,9 +164,8 @@ def test_a_chain_keeps_what_is_no_duplicate_of_what_stays():
     assert [at for _, at, _ in chain.to_exclude()] == [1]
 
 
-def test_a_list_is_for_its_own_data(listed):
-    splits, path = listed
-    excluded, train = read_exclude_list(path), splits["train"]
+def test_a_list_is_for_its_own_data(found: Duplicates, path: Path):
+    excluded, train = read_exclude_list(path), found.splits["train"]
 
     def named(prefix: str) -> Source:
         return replace(train, images=replace(train.images, item_prefix=prefix))
@@ -182,11 +180,10 @@ def test_a_list_is_for_its_own_data(listed):
             exclude(other, excluded, split)
 
 
-def test_a_line_may_be_deleted_but_not_damaged(listed):
-    splits, path = listed
+def test_a_line_may_be_deleted_but_not_damaged(found: Duplicates, path: Path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:6], *lines[7:]]) + "\n")
-    assert len(exclude(splits["train"], read_exclude_list(path), "train")) == 3
+    assert len(exclude(found.splits["train"], read_exclude_list(path), "train")) == 3
     for text in ("\n".join([*lines[:6], "train\tone\tname\twhy"]), "anything\n"):
         path.write_text(text)
         with pytest.raises(UserError) as error:
