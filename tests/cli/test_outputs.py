@@ -15,7 +15,7 @@ from conftest import files, make_class_folder, mixer, ran, refused, tiny_model
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a model, images in class folders, a list, and two links."""
+    """A working directory with a model, images in class folders, a list, and three links."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         make_class_folder(tmp_path / "data" / split, {"ant": 2, "bee": 2}, start=len(split))
@@ -24,6 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     am.save_model(model, "model")
     rows = [f"data/{split}/{name}/0.png,{name}\n" for split in ("test",) for name in ("ant", "bee")]
     Path("list.csv").write_text("path,label\n" + "".join(rows))
+    os.link("list.csv", "hard.csv")
     Path("link").symlink_to("data/test")
     Path("weights.csv").symlink_to("model/model.safetensors")
     return tmp_path
@@ -31,6 +32,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 IN_DATA = [
     "predict model.safetensors list.csv --output list.csv",
+    "predict model.safetensors list.csv --output hard.csv",
+    "predict model.safetensors link --output data/test/rows.csv",
     "predict model.safetensors data/test --output data/test/ant/rows.csv",
     "predict model.safetensors data/test --output link/parts",
     "predict model.safetensors data:test --output data/test/rows.csv",
@@ -65,14 +68,15 @@ def test_no_output_in_an_input(capsys, place: Path, line: str):
     error = json.loads(out)["error"]
     assert (code, error["code"]) == (2, "invalid")
     assert "an input that is read" in error["what"]
+    assert any(Path(error["where"]).is_relative_to(word) for word in line.split())
     assert files(place) == before
 
 
 AGAIN = [
     "predict model.safetensors data/test --output rows.csv",
     "data check data --duplicates exact --exclude drop.txt",
-    "data check data --output checked",
-    "evaluate model.safetensors --data data --output report",
+    "data check data --output data2",
+    "evaluate model.safetensors --data list.csv --output .",
     "inspect model.safetensors --output inside --layers 1",
     "convert model.safetensors other.npz",
     "convert model.safetensors folder",
