@@ -1,12 +1,14 @@
-"""`mixer evaluate`: protocols, ReaL, several processes, and what it refuses."""
+"""`mixer evaluate`: protocols, ReaL and several processes; and `mixer few-shot`."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import allmlp as am
 from allmlp.evaluation.imagenet_real import IMAGES
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import draw, make_class_folder, mixer, ran, tiny_model
 from runs import start, start_two, unix
@@ -106,3 +108,28 @@ def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_pa
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
+
+
+def test_few_shot(capsys, class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
+    model = tiny_model(3)
+    for parameter in model.parameters():  # not the baseline's, which are drawn with the same seed
+        torch.nn.init.normal_(parameter, std=0.3)
+    am.save_model(model, tmp_path / "weights")
+    bad, target = class_folder / "val" / "bee" / "1.png", tmp_path / "out" / "fs.json"
+    bad.write_bytes(b"damaged")
+    line = ("few-shot", tmp_path / "weights", "--data", class_folder, "--shots", 1, 7)
+    flags = ("--num-workers", 0, "--device", "cpu", "--random-baseline", "--output", target)
+    for more in ((), ("--overwrite",)):  # from the cache as well
+        code, out, err = mixer(capsys, *line, *flags, *more)
+        assert (code, len(err.splitlines())) == (3, 1)
+        assert err.startswith(f"bad image: {bad}: ")
+        assert "8 validation images" in out
+        assert "note      7 shots: 2 of 3 classes have fewer training images ('ant' has 6)" in out
+    values = read_measurement(target)
+    assert values["kind"] == "few-shot"
+    assert values["model"]["source"] == str(tmp_path / "weights")
+    (result,), (baseline,) = values["results"], values["random_baseline"]["results"]
+    direct = am.few_shot(tmp_path / "weights", class_folder, shots=(1, 7), num_workers=0)
+    assert result["accuracies"] == json.loads(json.dumps(direct.accuracies))
+    assert result["accuracies"] != baseline["accuracies"]
