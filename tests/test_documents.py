@@ -70,10 +70,6 @@ def test_a_wrong_line_would_be_seen():
         "mixer trin x",
         "mixer modelss",
     ]
-    with pytest.raises(am.UserError, match="unknown command"):
-        parse(["modelss"])
-    with pytest.raises(am.UserError, match="no-such-flag"):
-        parse(["train", "--no-such-flag"])
 
 
 def test_ci_finds_the_two_commands():
