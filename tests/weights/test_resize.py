@@ -11,7 +11,7 @@ import allmlp as am
 from allmlp.models.catalog import model_from_config
 from allmlp.models.mixer import token_weights
 from allmlp.models.resize import resize_tokens, resizing
-from allmlp.models.vision_permutator import grow_map, resample_map
+from allmlp.models.vision_permutator import resample_map
 from allmlp.weights.load import resize_model
 from conftest import tiny_model
 from staged_models import small_cycle, small_permutator
@@ -174,8 +174,6 @@ def test_a_resampled_map_of_a_permutator(new: int):
     if new % old == 0:
         torch.testing.assert_close(after, before.repeat_interleave(new // old, dim=0))
         torch.testing.assert_close(resample_map(grown, new, old, size), weight)
-    blocks = grow_map(weight, old, 3 * old, size)
-    assert torch.equal(blocks, torch.kron(torch.eye(3, dtype=torch.float64), weight))
 
 
 @pytest.mark.parametrize(
