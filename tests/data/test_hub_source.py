@@ -74,14 +74,10 @@ def test_splits_bytes_and_labels(on_hub: Hub):
 
 
 def test_columns_are_chosen(on_hub: Hub):
-    on_hub({"train": dataset([0, 1], ["x", "y"], label="fine_label", column="photo")})
-    assert open_source("hf:a/b#label=fine_label,image=photo").class_names == ["x", "y"]
+    on_hub({"train": dataset(["x", "y", "y", "x"], label="text", column="photo")})
+    assert open_source("hf:a/b#label=text,image=photo").class_names == ["x", "y"]
     with pytest.raises(UserError, match="column 'id' is string, not struct"):
-        open_source("hf:a/b#label=fine_label,image=id")
-
-
-def test_without_labels(on_hub: Hub):
-    on_hub({"train": dataset(["x"] * 4, label="text")})
+        open_source("hf:a/b#label=text,image=id")
     source = open_source("hf:a/b", labels="any")
     assert (source.read(3), source.class_names) == (IMAGES[3], ["unknown"])
     with pytest.raises(UserError, match="no label column found"):

@@ -1,33 +1,21 @@
 """hf:owner/name against a hub of our own on loopback, and without a network."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from test_layouts import timm_folder
 
 import allmlp as am
-from conftest import GOLDEN
 from hub_server import Hub, serve
-
-CONFIG = json.dumps(
-    {
-        "architecture": "mixer_b16_224",
-        "num_classes": 7,
-        "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": 0.875},
-    }
-).encode()
-FILES = {
-    "model.safetensors": (GOLDEN / "timm_tiny.safetensors").read_bytes(),
-    "config.json": CONFIG,
-}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[Path]:
     """The hub's cache, with a hub that has owner/tiny, branches main and v2."""
-    with serve(Hub({"owner/tiny": {"main": FILES, "v2": FILES}}), tmp_path):
+    files = {path.name: path.read_bytes() for path in timm_folder(tmp_path).iterdir()}
+    with serve(Hub({"owner/tiny": {"main": files, "v2": files}}), tmp_path):
         yield tmp_path / "cache"
 
 
