@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import allmlp as am
-from conftest import files, make_class_folder, mixer, ran, refused, tiny_model
+from allmlp import io
+from conftest import NO_PROCESS, files, make_class_folder, mixer, ran, refused, tiny_model
 
 
 @pytest.fixture
@@ -22,8 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny_model(["ant", "bee"])
     am.save_model(model, "model.safetensors")
     am.save_model(model, "model")
-    rows = [f"data/{split}/{name}/0.png,{name}\n" for split in ("test",) for name in ("ant", "bee")]
-    Path("list.csv").write_text("path,label\n" + "".join(rows))
+    Path("list.csv").write_text("path,label\ndata/test/ant/0.png,ant\ndata/test/bee/0.png,bee\n")
     os.link("list.csv", "hard.csv")
     Path("link").symlink_to("data/test")
     Path("weights.csv").symlink_to("model/model.safetensors")
@@ -149,3 +149,15 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
     assert where.startswith("where: report/")
     assert fix.startswith("to fix: ")
     assert not [path for path in Path("report").rglob("*") if path.is_file()]
+
+
+def test_partial_files_of_living_processes_stay(tmp_path: Path):
+    mine, of_dead = (io.partial_path(tmp_path / "a.csv", pid) for pid in (None, NO_PROCESS))
+    assert str(os.getpid()) in mine.name
+    elsewhere = mine.with_name(f".a.csv.00000000-{NO_PROCESS}.partial")
+    old = mine.with_name(".a.csv.partial")
+    for path in (mine, of_dead, elsewhere, old):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    io.remove_stale(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, elsewhere}

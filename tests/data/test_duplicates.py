@@ -202,13 +202,6 @@ def test_strange_names_survive_the_file(tmp_path: Path):
     assert len(exclude(data, excluded, "train")) == 1
 
 
-def flat(color: tuple[int, int, int], speck: int = 0) -> Image.Image:
-    image = Image.new("RGB", (64, 48), color)
-    if speck:
-        image.putpixel((speck, speck), (0, 0, 0))
-    return image
-
-
 def sky(top: int, seed: int) -> Image.Image:
     """An even gradient with a little noise: much alike in brightness, nothing on it."""
     ramp = np.linspace(top, top - 60, 48)[:, None, None] + np.zeros((48, 64, 3))
@@ -217,8 +210,10 @@ def sky(top: int, seed: int) -> Image.Image:
 
 
 def test_flat_pictures_are_compared_for_equality_only():
-    images = [flat((200, 200, 200)), flat((200, 200, 200), 5), flat((90, 0, 0)), flat((90, 0, 0))]
-    images += [sky(200, seed) for seed in range(4)]
+    grey, red = (Image.new("RGB", (64, 48), color) for color in ((200, 200, 200), (90, 0, 0)))
+    specked = grey.copy()
+    specked.putpixel((5, 5), (0, 0, 0))
+    images = [grey, specked, red, red, *(sky(200, seed) for seed in range(4))]
     found = find_duplicates({"train": source([encode(image) for image in images])}, num_workers=0)
     assert pairs(found) == {("train", 2, "train", 3, "same file")}
     assert found.num_plain == 8
