@@ -39,14 +39,9 @@ class AppleTensor(torch.Tensor):
     def __new__(cls, value: Tensor) -> AppleTensor:
         if value.dtype in (torch.float64, torch.complex128):
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            value.shape,
-            value.stride(),
-            value.storage_offset(),
-            dtype=value.dtype,
-            device="meta",
-        )
+        layout = value.shape, value.stride(), value.storage_offset()
+        meta = {"dtype": value.dtype, "device": "meta"}
+        made = torch.Tensor._make_wrapper_subclass(cls, *layout, **meta)
         made.value = value
         return made
 
@@ -129,11 +124,9 @@ def apple_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _Factories():
         patch.setattr(torch.backends.mps, "is_available", lambda: True)
         patch.setattr(torch.backends.mps, "get_name", lambda: "Apple GPU")
-        for name, value in (
-            *(("synchronize", None), ("empty_cache", None), ("set_rng_state", None)),
-            *(("recommended_max_memory", 2**33), ("driver_allocated_memory", 2**20)),
-            ("get_rng_state", None),
-        ):
+        known = dict.fromkeys(("synchronize", "empty_cache", "set_rng_state", "get_rng_state"))
+        known |= {"recommended_max_memory": 2**33, "driver_allocated_memory": 2**20}
+        for name, value in known.items():
             patch.setattr(torch.mps, name, lambda *_, value=value: value)
         patch.setattr(DeviceContext, "__torch_function__", _on_device)
         # Built where no mode sees it.
@@ -160,9 +153,8 @@ def test_choice(monkeypatch):
         choose_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device = choose_device("mps")
-    assert choose_policy(device, "auto", "auto", operations=10**12, num_steps=10**5).precision == (
-        "float32"
-    )
+    policy = choose_policy(device, "auto", "auto", operations=10**12, num_steps=10**5)
+    assert policy.precision == "float32"
     with pytest.raises(am.UserError, match="bfloat16"):
         choose_policy(device, "bfloat16", "auto", operations=1, num_steps=1)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -72,9 +72,8 @@ def test_a_models_transform_is_the_preprocessing_of_predict():
         with torch.no_grad():
             expected = model(inputs[None]).softmax(dim=1)[0]
         (found,) = am.predict(model, image, precision="float32")
-        assert dict(found.classes) == pytest.approx(
-            dict(zip(["ant", "bee"], expected.tolist(), strict=True)), abs=1e-6
-        )
+        named = dict(zip(["ant", "bee"], expected.tolist(), strict=True))
+        assert dict(found.classes) == pytest.approx(named, abs=1e-6)
     assert torch.equal(model.transform(np.asarray(draw(1))), model.transform(encode(draw(1))))
     with user_error("wrong-type"):
         model.transform(np.zeros((4, 4, 3)))

@@ -120,10 +120,8 @@ def test_a_wrong_config_is_one_error(text, code, tmp_path, capsys):
 
 
 def test_config_of_a_run_repeats_it_in_another_folder(run, tmp_path, capsys):
-    line = ("train", "--config", run / "config.json", "--output", tmp_path / "b", "--seed", 1)
-    out, _ = ran(capsys, *line, "--json")
-    assert only_object(out)["run_folder"] == str(tmp_path / "b")
-    first, second = (
-        json.loads((path / "config.json").read_text()) for path in (run, tmp_path / "b")
-    )
-    assert second == {**first, "seed": 1, "output": str(tmp_path / "b")}
+    again = tmp_path / "b"
+    line = ("train", "--config", run / "config.json", "--output", again, "--seed", 1, "--json")
+    assert only_object(ran(capsys, *line)[0])["run_folder"] == str(again)
+    first, second = (json.loads((path / "config.json").read_text()) for path in (run, again))
+    assert second == {**first, "seed": 1, "output": str(again)}

@@ -140,9 +140,8 @@ def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("allmlp.io.os.fsync", fill)
-    code, _, err = mixer(
-        capsys, "evaluate", "model.safetensors", "--data", "data", "--output", "report"
-    )
+    line = "evaluate model.safetensors --data data --output report"
+    code, _, err = mixer(capsys, *line.split())
     assert code == 2
     what, where, fix = err.splitlines()
     assert what == "error: No space left on device"

@@ -111,9 +111,8 @@ def test_with_mixup_and_cutmix_a_coin_decides():
     images, targets = torch.randn(4, 1, 8, 8), torch.eye(4)
     kinds = []
     for seed in range(100):
-        mixed, _ = mix(
-            images, targets, np.random.default_rng(seed), mixup_strength=0.5, cutmix_strength=1.0
-        )
+        random = np.random.default_rng(seed)
+        mixed, _ = mix(images, targets, random, mixup_strength=0.5, cutmix_strength=1.0)
         kinds.append(bool((mixed == images).any() or (mixed == images.roll(1, 0)).any()))
     assert 30 < sum(kinds) < 70
     same, _ = mix(images, targets, np.random.default_rng(0), mixup_strength=0, cutmix_strength=0)

@@ -46,9 +46,8 @@ def brute_force(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
 def clustered(seed: int, number: int, centres: int, flips: int) -> np.ndarray:
     """Hashes that differ from one of a few centres in up to `flips` bits."""
     random = np.random.default_rng(seed)
-    hashes = random.integers(0, 2**64, centres, dtype=np.uint64)[
-        random.integers(0, centres, number)
-    ]
+    drawn = random.integers(0, 2**64, centres, dtype=np.uint64)
+    hashes = drawn[random.integers(0, centres, number)]
     for _ in range(flips):
         bit = np.uint64(1) << random.integers(0, 64, number).astype(np.uint64)
         hashes = np.where(random.random(number) < 0.6, hashes ^ bit, hashes)
@@ -120,10 +119,8 @@ def found() -> Duplicates:
     """In three splits of images, where a tenth is a JPEG copy."""
 
     def files(*seeds: float) -> list[bytes]:
-        return [
-            encode(photo(int(seed)), "JPEG", quality=90) if seed % 1 else encode(photo(int(seed)))
-            for seed in seeds
-        ]
+        kinds = ({"kind": "JPEG", "quality": 90} if seed % 1 else {} for seed in seeds)
+        return [encode(photo(int(seed)), **kind) for seed, kind in zip(seeds, kinds, strict=True)]
 
     splits = {
         "train": source(files(1, 2, 3, 4, 4.1, 4)),

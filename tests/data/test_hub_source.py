@@ -26,10 +26,9 @@ def dataset(
     column: str = "image",
     images: list[Any] | None = None,
 ) -> Any:
-    features = {column: datasets.Image(), "id": datasets.Value("string")}
-    features[label] = (
-        datasets.Value("string") if names is None else datasets.ClassLabel(names=names)
-    )
+    text = datasets.Value("string")
+    features = {column: datasets.Image(), "id": text}
+    features[label] = text if names is None else datasets.ClassLabel(names=names)
     own = [{"bytes": IMAGES[at % 4], "path": "a.png"} for at in range(len(labels))]
     rows = {column: images or own, "id": ["x"] * len(labels), label: labels}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))

@@ -143,9 +143,8 @@ def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     assert "fitted on" in card
     assert "not calibrated" not in card
     output = tmp_path / "sure"
-    out, _ = ran(
-        capsys, "calibrate", run, output, "--data", "digits:validation", "--accuracy", "0.99"
-    )
+    flags = ("--data", "digits:validation", "--accuracy", 0.99)
+    out, _ = ran(capsys, "calibrate", run, output, *flags)
     sure = am.load_model(output)
     threshold = sure.decision.unsure_below
     assert '"unsure" below' in (output / "README.md").read_text()
