@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -64,9 +63,7 @@ killed_workers = pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.fixture
 def tidy() -> Iterator[None]:
     yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    gc.collect()
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
