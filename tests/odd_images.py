@@ -63,7 +63,6 @@ def png16(samples: np.ndarray, clear: Sequence[int] | None = None) -> bytes:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 

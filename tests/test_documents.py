@@ -99,11 +99,14 @@ def test_the_readme_of_a_release_has_no_relative_link():
     assert f"\nversion: {parsed['version']}\n" in citation
 
 
-def test_the_public_names():
+def test_the_public_names_are_documented():
     assert am.__all__ == sorted(am.__all__)
     for name in am.__all__:
-        assert getattr(am, name) is not None
         assert name in dir(am)
+        public = getattr(am, name)
+        text = public.__doc__ if not isinstance(public, type) else vars(public).get("__doc__")
+        assert text, name
+        assert not text.startswith(f"{name}("), name  # which a dataclass gets by itself
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = am.nothing
 

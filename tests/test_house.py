@@ -91,14 +91,6 @@ def test_there_are_no_circles():
     assert len(list(TopologicalSorter(graph).static_order())) > 25
 
 
-def test_the_public_api_is_documented():
-    for name in allmlp.__all__:
-        public = getattr(allmlp, name)
-        text = public.__doc__ if not isinstance(public, type) else vars(public).get("__doc__")
-        assert text, name
-        assert not text.startswith(f"{name}("), name  # which a dataclass gets by itself
-
-
 def test_few_functions_have_many_parameters():
     """At most 5 with more than eight: more belong into an options dataclass or a context."""
     many = []

@@ -43,13 +43,6 @@ def test_another_size_and_head(capsys, tmp_path: Path):
     assert "resampled (nearest)" in err
 
 
-def test_nothing_is_overwritten_unasked(capsys, trained: am.TrainResult, tmp_path: Path):
-    (tmp_path / "b.json").write_text("{}")  # would be replaced by what lies beside b.npz
-    refused(capsys, tmp_path, "convert", PARAMS, tmp_path / "b.npz")
-    run = trained.run_folder
-    refused(capsys, run, "convert", run, run, "--overwrite")
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -23,7 +23,7 @@ Compute = Callable[..., Features]
 
 @pytest.fixture
 def compute(source: Source, tmp_path: Path) -> Compute:
-    """Computes with defaults, and counts the batches that the model saw in `compute.batches`."""
+    """Computes those of the training images, with defaults."""
 
     def run(model: am.ImageClassifier, **changes: Any) -> Features:
         given = {"source": source, "cache": tmp_path / "cache", "on_batch": None, **changes}
