@@ -26,9 +26,6 @@ from conftest import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-HELP = [getattr(*_found(command.words.split()[0])).__doc__ or "" for command in VERBS.values()]
-
-
 def command_lines(text: str) -> list[str]:
     """Every line that begins with `mixer COMMAND`, in blocks, in `code` and in help texts."""
     lines = re.findall(r"^\s*(?:\$ )?(mixer (?:[^\n`#]|(?<=\S)#)+)", text, flags=re.MULTILINE)
@@ -36,7 +33,8 @@ def command_lines(text: str) -> list[str]:
 
 
 def all_lines() -> list[str]:
-    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS] + HELP
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    texts += [getattr(*_found(verb.words.split()[0])).__doc__ or "" for verb in VERBS.values()]
     return sorted({line.strip() for text in texts for line in command_lines(text)})
 
 

@@ -122,9 +122,6 @@ def test_with_mixup_and_cutmix_a_coin_decides():
 # RandAugment: every operation against Pillow's own arithmetic, and Google's quirks
 
 
-MAGNITUDES = (0, 3, 5, 10, 15, 20)
-
-
 def gradient(size: tuple[int, int] = (224, 224), low: int = 20, high: int = 200) -> np.ndarray:
     """Smooth shapes and noise, so that every operation has something to do."""
     random = np.random.default_rng(0)
@@ -167,7 +164,7 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("magnitude", [0, 3, 5, 10, 15, 20])
 @pytest.mark.parametrize("name", PILLOW)
 def test_values_are_pillows(name, magnitude):
     for pixels in (gradient(), gradient((37, 91), 100, 140), gradient((5, 3))):

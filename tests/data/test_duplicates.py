@@ -17,15 +17,14 @@ from conftest import encode
 
 
 @functools.cache
-def photo(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
-    """Something like a photograph: coarse and fine structure, width x height."""
-    random = np.random.default_rng(seed)
-    layers = np.zeros((size[1], size[0], 3))
+def photo(seed: int) -> Image.Image:
+    """Something like a photograph: coarse and fine structure, 90 x 70 pixels."""
+    random, layers = np.random.default_rng(seed), np.zeros((70, 90, 3))
     for cells, strength in ((3, 60), (7, 35), (15, 15)):
         coarse = random.normal(size=(cells, cells, 3)) * strength
         for channel in range(3):
             layer = Image.fromarray(coarse[..., channel].astype(np.float32))
-            layers[..., channel] += np.asarray(layer.resize(size, Image.Resampling.BICUBIC))
+            layers[..., channel] += np.asarray(layer.resize((90, 70), Image.Resampling.BICUBIC))
     return Image.fromarray(np.clip(layers + 128, 0, 255).astype(np.uint8))
 
 
@@ -38,9 +37,9 @@ def pairs(found: Duplicates) -> set[tuple[str, int, str, int, str]]:
     return {(*one, *other, kind) for one, other, kind, _ in found.most_different_first()}
 
 
-def brute_force(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
+def brute_force(hashes: np.ndarray, distance: int) -> list[list[int]]:
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
-    return list(zip(*(at.tolist() for at in np.nonzero(np.triu(bits <= distance, 1))), strict=True))
+    return np.argwhere(np.triu(bits <= distance, 1)).tolist()
 
 
 def clustered(seed: int, number: int, centres: int, flips: int) -> np.ndarray:
@@ -59,7 +58,7 @@ def test_pairs_are_those_of_brute_force(distance: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_BLOCK", 70)
     for hashes in (clustered(1, 400, 12, 9), clustered(2, 300, 300, 0), clustered(3, 300, 2, 3)):
         first, second, reached = near_pairs(hashes, distance, 10**9)
-        assert [*zip(first.tolist(), second.tolist(), strict=True)] == brute_force(hashes, distance)
+        assert np.stack([first, second], axis=1).tolist() == brute_force(hashes, distance)
         assert reached == distance
     assert len(near_pairs(np.empty(0, np.uint64), distance, 9)[0]) == 0
 
@@ -69,9 +68,8 @@ def test_a_flood_lowers_the_distance_and_stays_complete():
     whole = len(brute_force(hashes, 10))
     first, second, reached = near_pairs(hashes, 10, whole // 4)
     assert 0 < reached < 10
-    got = [*zip(first.tolist(), second.tolist(), strict=True)]
-    assert got == brute_force(hashes, reached)
-    assert len(got) <= whole // 4 < len(brute_force(hashes, reached + 1))
+    assert np.stack([first, second], axis=1).tolist() == brute_force(hashes, reached)
+    assert len(first) <= whole // 4 < len(brute_force(hashes, reached + 1))
     first, _, reached = near_pairs(np.zeros(5000, dtype=np.uint64), 10, 20_000)
     assert (len(first), reached) == (0, -1)
 

@@ -173,7 +173,7 @@ def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_pa
     assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()
 
 
-def test_a_threshold_for_several_labels_is_refused_at_once(tmp_path: Path):
+def test_a_threshold_for_several_labels_is_refused_at_once():
     model = tiny_model(num_classes=["a", "b"])
     model.decision = am.Decision(labels="multi")
     with user_error("wrong-type"):
