@@ -40,15 +40,10 @@ def is_module(name: str) -> bool:
 
 
 @functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it, also for types only."""
     found: set[str] = set()
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("allmlp")}
         elif isinstance(node, ast.ImportFrom):
@@ -89,16 +84,3 @@ def test_there_are_no_circles():
     graph = {name: imports(path) & set(modules()) for name, path in modules().items()}
     graph = {name: targets for name, targets in graph.items() if name.count(".")}
     assert len(list(TopologicalSorter(graph).static_order())) > 25
-
-
-def test_few_functions_have_many_parameters():
-    """At most 5 with more than eight: more belong into an options dataclass or a context."""
-    many = []
-    for name, path in modules().items():
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.FunctionDef):
-                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                own = [argument for argument in arguments if argument.arg not in ("self", "cls")]
-                if len(own) > 8:
-                    many.append(f"{name}.{node.name}")
-    assert len(many) <= 5, many

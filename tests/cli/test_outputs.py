@@ -124,15 +124,13 @@ def test_nothing_for_standard_output(capsys, place: Path, line: str):
 def test_the_reader_of_the_rows_may_go_away(place: Path):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "allmlp", "predict", "model.safetensors", "data/test"]
-    with subprocess.Popen(
-        [*command, "--output", "-"], stdout=write, stderr=subprocess.PIPE, text=True
-    ) as process:
-        os.close(write)
-        err = process.stderr.read()
-    assert process.returncode == 141
-    assert "Traceback" not in err
-    assert "error" not in err
+    line = "-m allmlp predict model.safetensors data/test --output -"
+    command = [sys.executable, *line.split()]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
 
 
 def test_a_full_disk_has_a_place_and_a_fix(capsys, place: Path, monkeypatch):
