@@ -8,6 +8,7 @@ of the CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,14 +133,6 @@ def apple_gpu() -> Iterator[None]:
         yield
 
 
-EVERYTHING = {
-    "augment__mixup": 0.5,
-    "augment__cutmix": 1.0,
-    "optimizer__ema_decay": 0.9,
-    "model__overrides": {**TINY, "stochastic_depth": 0.3, "dropout": 0.1},
-}
-
-
 def test_choice(monkeypatch):
     if not torch.cuda.is_available():
         with apple_gpu():
@@ -156,17 +149,21 @@ def test_choice(monkeypatch):
         pass
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.filterwarnings("ignore:.*frobenius_norm")
 @pytest.mark.parametrize(
     "changes",
     [
-        EVERYTHING,
-        pytest.param(
-            {"optimizer": {"name": "muon"}, "data__balance": "weights"}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"optimizer__sam_rho": 0.05, "loss": {"name": "sigmoid"}}, marks=pytest.mark.slow
-        ),
+        {
+            "augment__mixup": 0.5,
+            "augment__cutmix": 1.0,
+            "optimizer__ema_decay": 0.9,
+            "model__overrides": {**TINY, "stochastic_depth": 0.3, "dropout": 0.1},
+        },
+        slow({"optimizer": {"name": "muon"}, "data__balance": "weights"}),
+        slow({"optimizer__sam_rho": 0.05, "loss": {"name": "sigmoid"}}),
     ],
     ids=["augmented", "muon", "sam"],
 )
