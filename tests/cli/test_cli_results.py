@@ -66,14 +66,6 @@ def test_quiet_prints_errors_only(run, capsys):
     assert err.startswith("error: ")
 
 
-def test_quiet_keeps_results_sent_to_standard_output(run, capsys):
-    line = ("predict", run, "digits:test", "--output", "-", "--quiet")
-    code, out, err = mixer(capsys, *line)
-    assert (code, err) == (0, "")
-    assert out.startswith("path,")
-    assert mixer(capsys, *line, "--json")[0] == 2
-
-
 def test_config_gives_options_and_flags_win(tmp_path, capsys):
     file = tmp_path / "options.json"
     file.write_text(json.dumps({"image_size": [64, 32], "num_classes": 3, "weights": False}))

@@ -94,12 +94,15 @@ def test_what_is_there_is_replaced_only_when_asked(capsys, place: Path, line: st
 
 def test_rows_on_standard_output(capsys, place: Path):
     line = ("predict", "model.safetensors", "data/test", "--output")
-    code, out, err = mixer(capsys, *line, "-", "--format", "jsonl")
-    assert (code, "images/s" in err) == (0, True)
-    mixer(capsys, *line, "rows.jsonl")
+    to_stdout = (*line, "-", "--format", "jsonl")
+    out, err = ran(capsys, *to_stdout)
+    assert "images/s" in err
+    ran(capsys, *line, "rows.jsonl")
     assert out == Path("rows.jsonl").read_text()
     assert len(out.splitlines()) == 4
     assert not Path("-").exists()
+    assert ran(capsys, *to_stdout, "--quiet") == (out, "")
+    assert mixer(capsys, *to_stdout, "--json")[0] == 2
 
 
 @pytest.mark.parametrize(
