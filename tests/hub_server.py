@@ -61,14 +61,11 @@ class Hub:
             self.repos[name].setdefault(branch, dict(self.repos[name]["main"]))
             return (200 if new else 409), {}
         if kind == "preupload":
-            modes = {True: "lfs", False: "regular"}
-            files = [file["path"] for file in json.loads(body)["files"]]
-            is_large = {file: file.endswith((".safetensors", ".onnx", ".png")) for file in files}
-            answers = [
-                {"path": file, "uploadMode": modes[is_large[file]], "shouldIgnore": False}
-                for file in files
-            ]
-            return 200, {"files": answers}
+            files = json.loads(body)["files"]
+            for file in files:
+                is_large = file["path"].endswith((".safetensors", ".onnx", ".png"))
+                file |= {"uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+            return 200, {"files": files}
         assert kind == "commit"
         head, *changes = [json.loads(line) for line in body.splitlines()]
         for change in changes:

@@ -47,7 +47,6 @@ def imagenet(**changes: Any) -> dict[str, Any]:
 
 
 def small_evaluation(**changes: Any) -> dict[str, Any]:
-    """An evaluation on ten classes."""
     names = [f"class {at}" for at in range(10)]
     values = {"data": "cifar10:test", "images": 10_000, "top1": 0.54321, "class_names": names}
     counts = [{"class": name, "images": 1000} for name in names]

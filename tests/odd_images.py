@@ -22,10 +22,9 @@ def tiff(
     order: str = "<",
     channels: int = 1,
     compressed: bool = False,
-    side: int = SIDE,
 ) -> bytes:
     """A TIFF of one strip with 1 or 2 channels; `photometric` 0 means that 0 is white."""
-    flat = np.asarray(samples).reshape(side, side * channels)
+    flat = np.asarray(samples).reshape(SIDE, SIDE * channels)
     if bits == 12:
         rows = ["".join(f"{value:012b}" for value in row.tolist()) for row in flat]
         rows = [row + "0" * (-len(row) % 8) for row in rows]
@@ -35,7 +34,7 @@ def tiff(
         data = flat.astype(f"{order}{kind}{bits // 8}").tobytes()
     data = zlib.compress(data) if compressed else data
     shorts = {258: bits, 259: 8 if compressed else 1, 262: photometric, 277: channels}
-    tags = {256: side, 257: side, **shorts, 273: 0, 278: side, 279: len(data), 339: sample_format}
+    tags = {256: SIDE, 257: SIDE, **shorts, 273: 0, 278: SIDE, 279: len(data), 339: sample_format}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
     entries = b""
     for tag, value in sorted(tags.items()):
@@ -64,7 +63,6 @@ def png16(samples: np.ndarray, clear: Sequence[int] | None = None) -> bytes:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -110,10 +108,8 @@ def _named() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     files["png16_grey_nearly_clear"] = png16(full(5_001), (5_000,)), dark
     files["png16_rgb"] = png16(full(56_000, 7_000, 7_000)), (218, 27, 27)
     files["png16_rgb_clear"] = png16(full(5_000, 6_000, 7_000), (5_000, 6_000, 7_000)), WHITE
-    files["png16_rgb_nearly_clear"] = (
-        png16(full(5_000, 6_000, 7_001), (5_000, 6_000, 7_000)),
-        (19, 23, 27),
-    )
+    nearly = png16(full(5_000, 6_000, 7_001), (5_000, 6_000, 7_000))
+    files["png16_rgb_nearly_clear"] = nearly, (19, 23, 27)
     files["png16_rgba_clear"] = png16(full(5_000, 6_000, 7_000, 0)), WHITE
     files["png16_la_clear"] = png16(full(5_000, 0)), WHITE
     files["pgm12"] = b"P5 5 5 4095\n" + full(3_750).astype(">u2").tobytes(), _grey(233)
@@ -129,10 +125,8 @@ def _named() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     files["png_palette_clear"] = encode(palette, transparency=0), WHITE
     files["png_grey_clear"] = encode(Image.new("L", (SIDE, SIDE), 20), transparency=20), WHITE
     files["png_1"] = encode(Image.new("1", (SIDE, SIDE), 1)), WHITE
-    files["tiff_cmyk"] = (
-        encode(Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)), "TIFF"),
-        (255, 0, 0),
-    )
+    red = Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0))
+    files["tiff_cmyk"] = encode(red, "TIFF"), (255, 0, 0)
     return files
 
 

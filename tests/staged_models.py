@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import allmlp as am
 
@@ -49,26 +48,22 @@ def enliven(model: am.ImageClassifier) -> am.ImageClassifier:
     return model
 
 
-def fill_golden(model: nn.Module) -> None:
-    """Gives the model the golden weights: the i-th of the sorted names has numpy's seed i."""
+def check_golden(name: str, first: list[float], total: float, size: float, largest: int) -> None:
+    """Compares the logits of a golden image with the authors' code's, to 1e-5; the i-th of the
+    sorted names has weights of numpy's seed i."""
+    model = am.create_model(name).eval()
     tensors = model.state_dict()
-    names = sorted(name for name in tensors if not name.endswith(".offset"))
-    for seed, name in enumerate(names):
-        shape = tuple(tensors[name].shape)
+    keys = sorted(key for key in tensors if not key.endswith(".offset"))
+    for seed, key in enumerate(keys):
+        shape = tuple(tensors[key].shape)
         drawn = np.random.RandomState(seed).standard_normal(shape)
         if len(shape) > 1:
             drawn = drawn / np.sqrt(drawn.size / shape[0])
         else:
-            is_scale = "norm" in name and name.endswith("weight")
+            is_scale = "norm" in key and key.endswith("weight")
             drawn = 0.1 * drawn + (1.0 if is_scale else 0.0)
-        tensors[name] = torch.from_numpy(drawn.astype(np.float32))
+        tensors[key] = torch.from_numpy(drawn.astype(np.float32))
     model.load_state_dict(tensors)
-
-
-def check_golden(name: str, first: list[float], total: float, size: float, largest: int) -> None:
-    """Compares the logits of a golden image with the authors' code's, to 1e-5."""
-    model = am.create_model(name).eval()
-    fill_golden(model)
     drawn = np.random.RandomState(1234).standard_normal((1, 3, 224, 224))
     with torch.no_grad():
         logits = model(torch.from_numpy(drawn.astype(np.float32)))[0].double()

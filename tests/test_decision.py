@@ -55,9 +55,8 @@ def test_values_out_of_range(wrong: dict[str, object]):
 def test_it_travels_with_the_weights(decision: am.Decision, tmp_path: Path, capsys):
     model = model_with(decision)
     folder = am.save_model(model, tmp_path / "model").parent
-    assert ("decision" in json.loads((folder / "config.json").read_text())) is (
-        decision != am.Decision()
-    )
+    values = json.loads((folder / "config.json").read_text())
+    assert ("decision" in values) is (decision != am.Decision())
     for source, target, options in (
         (folder, "b.safetensors", []),
         (folder, "c.npz", ["--format", "google"]),
@@ -73,18 +72,15 @@ def test_it_travels_with_the_weights(decision: am.Decision, tmp_path: Path, caps
 def test_every_command_uses_it(decision: am.Decision):
     model, pixels = model_with(decision), torch.arange(192).reshape(1, 3, 8, 8).byte()
     with torch.no_grad():
-        expected = decision.probabilities(model(pixels / 127.5 - 1))[0].tolist()
+        logits = model(pixels / 127.5 - 1)
+    expected = decision.probabilities(logits)[0].tolist()
     image = pixels[0].permute(1, 2, 0).numpy()
     (prediction,) = am.predict(model, image, precision="float32")
-    assert dict(prediction.classes) == pytest.approx(
-        dict(zip(["ant", "bee", "cat"], expected, strict=True)), abs=1e-5
-    )
+    named = dict(zip(["ant", "bee", "cat"], expected, strict=True))
+    assert dict(prediction.classes) == pytest.approx(named, abs=1e-5)
     assert occlusion(model, pixels / 127.5 - 1).probability == pytest.approx(max(expected))
-    evaluation = am.Evaluation(
-        *("", ["ant", "bee", "cat"], np.array([0]), np.array([0])),
-        logits=model(pixels / 127.5 - 1).detach().numpy(),
-        decision=decision,
-    )
+    one = ("", ["ant", "bee", "cat"], np.array([0]), np.array([0]), logits.numpy())
+    evaluation = am.Evaluation(*one, decision=decision)
     assert evaluation.probabilities[0].tolist() == pytest.approx(expected)
 
 

@@ -196,12 +196,9 @@ def test_results_are_used_while_a_gpu_computes(monkeypatch):
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
-    files = {
-        "max": "1000000\n",
-        "current": "700000\n",
-        "stat": "anon 600000\nactive_file 60000\ninactive_file 40000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / f"memory.{name}").write_text(text)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    stat = "anon 600000\nactive_file 60000\ninactive_file 40000\n"
+    (tmp_path / "memory.stat").write_text(stat)
     monkeypatch.setattr(device, "_groups", lambda: [tmp_path, tmp_path / "without_a_limit"])
     assert device.free_memory(torch.device("cpu")) == 400_000

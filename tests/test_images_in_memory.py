@@ -19,15 +19,13 @@ def model_of_two() -> am.ImageClassifier:
 
 def test_evaluate_takes_every_kind_of_image(tmp_path: Path):
     model, images = model_of_two(), [draw(seed) for seed in range(5)]
-    for label, image in zip("abaab", images, strict=True):
-        folder = tmp_path / "data" / {"a": "ant", "b": "bee"}[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{len(list(tmp_path.rglob('*.png')))}.png")
-    files = am.evaluate(model, str(tmp_path / "data"))
-    path = tmp_path / "4.png"
-    images[4].save(path)
-    mixed = [images[0], np.asarray(images[1]), encode(images[2]), images[3], path]
     labels = ["ant", "bee", "ant", "ant", "bee"]
+    paths = [tmp_path / label / f"{at}.png" for at, label in enumerate(labels)]
+    for path, image in zip(paths, images, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    files = am.evaluate(model, str(tmp_path))
+    mixed = [images[0], np.asarray(images[1]), encode(images[2]), images[3], paths[4]]
     for data in (
         (mixed, labels),
         (mixed, np.array([0, 1, 0, 0, 1])),
@@ -72,9 +70,8 @@ def test_a_models_transform_is_the_preprocessing_of_predict():
         with torch.no_grad():
             expected = model(inputs[None]).softmax(dim=1)[0]
         (found,) = am.predict(model, image, precision="float32")
-        assert dict(found.classes) == pytest.approx(
-            dict(zip(["ant", "bee"], expected.tolist(), strict=True)), abs=1e-6
-        )
+        named = dict(zip(["ant", "bee"], expected.tolist(), strict=True))
+        assert dict(found.classes) == pytest.approx(named, abs=1e-6)
     assert torch.equal(model.transform(np.asarray(draw(1))), model.transform(encode(draw(1))))
     with user_error("wrong-type"):
         model.transform(np.zeros((4, 4, 3)))

@@ -33,9 +33,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def page_faults(what: str) -> int:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT, what], env=clean, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", COUNT, what]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     if done.stderr.strip() == "not done":
         pytest.skip("another C library than glibc")
     assert done.returncode == 0, done.stderr

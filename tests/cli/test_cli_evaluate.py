@@ -1,17 +1,17 @@
-"""`mixer evaluate`: protocols, ReaL, several processes, and what it refuses."""
+"""`mixer evaluate`: protocols, ReaL and several processes; and `mixer few-shot`."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import allmlp as am
 from allmlp.evaluation.imagenet_real import IMAGES
+from allmlp.evaluation.result_file import read_measurement
 from allmlp.weights.checkpoints import CHECKPOINTS
 from conftest import draw, make_class_folder, mixer, ran, tiny_model
 from runs import start, start_two, unix
-
-IMAGENET = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
 
 
 @pytest.fixture
@@ -20,21 +20,6 @@ def model(tmp_path: Path) -> Path:
     net = tiny_model(["ant", "bee", "cat"], image_size=16)
     am.save_model(net, tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def imagenet(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A model of ImageNet's classes, six validation images, and their ReaL labels."""
-    net = tiny_model(IMAGENET)
-    am.save_model(net, tmp_path / "net")
-    lists = [[number % 1000] for number in range(IMAGES)]
-    for number in range(1, 7):
-        folder = tmp_path / "val" / IMAGENET[number % 2][:9]
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(number).save(folder / f"ILSVRC2012_val_{number:08d}.png")
-        lists[number - 1] = list(range(1000)) if number < 4 else []  # any answer is right, or none
-    (tmp_path / "real.json").write_text(json.dumps(lists))
-    return tmp_path / "net", tmp_path / "val", tmp_path / "real.json"
 
 
 @pytest.mark.parametrize(
@@ -73,11 +58,20 @@ def test_protocols(capsys, class_folder: Path, model: Path, tmp_path: Path, flag
 
 
 @pytest.mark.slow  # it draws a confusion matrix of 1,000 classes
-def test_real(capsys, imagenet: tuple[Path, Path, Path], tmp_path: Path):
-    net, images, real = imagenet
-    flags = ("--real", real, "--allow-missing-classes", "--output", tmp_path / "out")
-    code, said, err = mixer(capsys, "evaluate", net, "--data", images, *flags)
-    assert (code, err) == (0, "")
+def test_real(capsys, tmp_path: Path):
+    names = CHECKPOINTS["mixer_b16.i1k"].class_names() or []
+    am.save_model(tiny_model(names), tmp_path / "net")
+    lists = [[number % 1000] for number in range(IMAGES)]
+    for number in range(1, 7):
+        folder = tmp_path / "val" / names[number % 2][:9]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(number).save(folder / f"ILSVRC2012_val_{number:08d}.png")
+        lists[number - 1] = list(range(1000)) if number < 4 else []  # any answer is right, or none
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    flags = ("--real", tmp_path / "real.json", "--allow-missing-classes")
+    line = (tmp_path / "net", "--data", tmp_path / "val", "--output", tmp_path / "out")
+    said, err = ran(capsys, "evaluate", *line, *flags)
+    assert err == ""
     words = "(3 of 3 scored images correct; 3 without a ReaL label are not scored)"
     assert f"ReaL     100.00% {words}" in said
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -103,6 +97,30 @@ def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_pa
         del values["environment"]
     assert written[0] == written[1]  # all metrics to the last bit
     assert written[0]["images"] == 20
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
-        path.name for path in (tmp_path / "one").iterdir()
-    )
+    names = [{path.name for path in (tmp_path / n).iterdir()} for n in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_few_shot(capsys, class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
+    model = tiny_model(3)
+    for parameter in model.parameters():  # not the baseline's, which are drawn with the same seed
+        torch.nn.init.normal_(parameter, std=0.3)
+    am.save_model(model, tmp_path / "weights")
+    bad, target = class_folder / "val" / "bee" / "1.png", tmp_path / "out" / "fs.json"
+    bad.write_bytes(b"damaged")
+    line = ("few-shot", tmp_path / "weights", "--data", class_folder, "--shots", 1, 7)
+    flags = ("--num-workers", 0, "--device", "cpu", "--random-baseline", "--output", target)
+    for more in ((), ("--overwrite",)):  # from the cache as well
+        code, out, err = mixer(capsys, *line, *flags, *more)
+        assert (code, len(err.splitlines())) == (3, 1)
+        assert err.startswith(f"bad image: {bad}: ")
+        assert "8 validation images" in out
+        assert "note      7 shots: 2 of 3 classes have fewer training images ('ant' has 6)" in out
+    values = read_measurement(target)
+    assert values["kind"] == "few-shot"
+    assert values["model"]["source"] == str(tmp_path / "weights")
+    (result,), (baseline,) = values["results"], values["random_baseline"]["results"]
+    direct = am.few_shot(tmp_path / "weights", class_folder, shots=(1, 7), num_workers=0)
+    assert result["accuracies"] == json.loads(json.dumps(direct.accuracies))
+    assert result["accuracies"] != baseline["accuracies"]

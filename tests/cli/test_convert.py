@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,11 +11,6 @@ from conftest import GOLDEN, mixer, ran, refused
 
 PARAMS = GOLDEN / "official_tiny_params.npz"
 TIMM = GOLDEN / "timm_tiny.safetensors"
-
-
-def logits(path: Path, size: int = 32) -> torch.Tensor:
-    torch.manual_seed(3)
-    return am.load_model(path, quiet=True)(torch.randn(2, 3, size, size))
 
 
 def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
@@ -31,11 +25,9 @@ def test_the_way_round_through_all_formats(capsys, tmp_path: Path):
         out, _ = ran(capsys, "convert", source, tmp_path / name, *flags)
         assert f"written  {tmp_path / name}" in out
         source = tmp_path / name
-    assert torch.equal(logits(source), logits(PARAMS))
-    mixer(capsys, "convert", source, tmp_path / "e.npz")
-    with np.load(PARAMS) as before, np.load(tmp_path / "e.npz") as after:
-        assert set(before) == set(after)
-        assert all(np.array_equal(before[key], after[key]) for key in before)
+    images = torch.randn(2, 3, 32, 32)
+    found, expected = (am.load_model(path, quiet=True)(images) for path in (source, PARAMS))
+    assert torch.equal(found, expected)
 
 
 def test_another_size_and_head(capsys, tmp_path: Path):
@@ -49,13 +41,6 @@ def test_another_size_and_head(capsys, tmp_path: Path):
     flags = ("--image-size", "64", "--resize-weights", "resample")
     _, _, err = mixer(capsys, "convert", PARAMS, tmp_path / "other.npz", *flags)
     assert "resampled (nearest)" in err
-
-
-def test_nothing_is_overwritten_unasked(capsys, trained: am.TrainResult, tmp_path: Path):
-    (tmp_path / "b.json").write_text("{}")  # would be replaced by what lies beside b.npz
-    refused(capsys, tmp_path, "convert", PARAMS, tmp_path / "b.npz")
-    run = trained.run_folder
-    refused(capsys, run, "convert", run, run, "--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from conftest import best_of, draw, encode, mixer, ran, tiny_run, write_tar
 
 
 def packed(folder: Path, ending: str, inside: str = "") -> Path:
-    """An archive of the folder's contents."""
     path = folder.with_name(f"photos{ending}")
     with zipfile.ZipFile(path, "w") if ending == ".zip" else tarfile.open(path, "w") as archive:
         for at, file in enumerate(file for file in sorted(folder.rglob("*")) if file.is_file()):

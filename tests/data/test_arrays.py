@@ -1,6 +1,5 @@
 """Arrays as data: what is read, statistics, splits, and what is wrong with files."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -145,16 +144,6 @@ def test_damaged_files_and_python_objects(tmp_path: Path):
             open_source(str(tmp_path / name), labels="none")
     np.save(tmp_path / "x_test.npy", X)
     assert [*open_splits(str(tmp_path / "x_test.npy"), labels="none")] == ["test"]
-
-
-def test_a_row_of_a_parquet_file_that_is_of_no_class(tmp_path: Path):
-    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    table = pa.table({"x": np.zeros((3, 8)).tolist(), "label": [0, 1, -1]})
-    features = {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}
-    info = json.dumps({"info": {"features": features}})
-    pq.write_table(table.replace_schema_metadata({"huggingface": info}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet\[2\]"):
-        open_source(str(tmp_path / "a.parquet"))
 
 
 def test_lists_of_several_lengths(tmp_path: Path):

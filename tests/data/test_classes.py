@@ -15,7 +15,7 @@ from allmlp.data.fingerprint import fingerprint
 from allmlp.data.groups import split_by_class
 from allmlp.data.loader import evaluation_batches
 from allmlp.data.source import Source, subset
-from allmlp.data.sources import notes_of, open_splits
+from allmlp.data.sources import notes_of, open_source, open_splits
 from allmlp.data.sources.packed import pack_splits
 from allmlp.errors import UserError
 from allmlp.preprocessing import Preprocessing
@@ -68,16 +68,15 @@ def test_another_form_of_a_name_that_is_there_twice_is_no_match(source: Source):
 
 
 def test_match_classes_by_name(source: Source):
-    matched = match_classes(
-        source, ["cat", "dog", "ant", "bee"], owner="the model", allow_missing=True
-    )
-    assert matched.class_names == ["cat", "dog", "ant", "bee"]
+    known = ["cat", "dog", "ant", "bee"]
+    matched = match_classes(source, known, owner="the model", allow_missing=True)
+    assert matched.class_names == known
     for index in range(len(source)):
         true = source.class_names[source.labels[index]]
         assert matched.class_names[matched.labels[index]] == true
         assert matched.read(index) == source.read(index)
     with pytest.raises(UserError, match=r"'dog'[\s\S]*allow_missing_classes"):
-        match_classes(source, ["cat", "dog", "ant", "bee"], owner="the model", allow_missing=False)
+        match_classes(source, known, owner="the model", allow_missing=False)
     with pytest.raises(UserError, match="'ant', 'bee'"):
         match_classes(source, ["cat"], owner="the model", allow_missing=True)
 
@@ -93,7 +92,7 @@ def images(tmp_path: Path) -> Path:
 
 def opened(folder: Path, text: str, options: str = "", name: str = "list.csv") -> Source:
     (folder / name).write_text(text)
-    return open_splits(f"{folder / name}{options}")["train"]
+    return open_source(f"{folder / name}{options}")
 
 
 def texts(source: Source) -> list[str]:
@@ -107,9 +106,8 @@ def parquet(folder: Path, columns: dict[str, object], features: object = None) -
         described = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": described})
     pq.write_table(table, folder / "x.parquet")
-    return open_splits(f"{folder / 'x.parquet'}{'#label=cat|dog' if len(columns) > 1 else ''}")[
-        "train"
-    ]
+    options = "#label=cat|dog" if len(columns) > 1 else ""
+    return open_source(f"{folder / 'x.parquet'}{options}")
 
 
 CSV = "path,label\na/0.png,cat|dog\na/1.png,dog\na/2.png,\n"
@@ -152,6 +150,10 @@ def test_columns_of_zero_and_one(images: Path):
     assert one.labels.tolist() == [0, 1]  # one label per image
     text = "path,age,cat,dog\na/0.png,31,1,0\na/1.png,40,0,1\n"
     assert texts(opened(images, text, "#label=cat|dog,labels=multi")) == ["cat", "dog"]
+    text = "path,car,cat,person\na/0.png,1,0,1\na/1.png,0,1,1\n"
+    with pytest.raises(UserError, match="person"):  # which may mean something else
+        opened(images, text)
+    assert opened(images, text, "#label=car|cat|person").class_names == ["car", "cat", "person"]
 
 
 @pytest.mark.parametrize(
@@ -169,13 +171,6 @@ def test_wrong_data_and_options(images: Path, text: str, options: str, what: str
         opened(images, text, options)
 
 
-def test_columns_of_zero_and_one_whose_names_mean_something_else(images: Path):
-    text = "path,car,cat,person\na/0.png,1,0,1\na/1.png,0,1,1\n"
-    with pytest.raises(UserError, match="person"):
-        opened(images, text)
-    assert opened(images, text, "#label=car|cat|person").class_names == ["car", "cat", "person"]
-
-
 def test_json_lists(images: Path):
     rows = [{"path": "a/0.png", "labels": ["cat", "a|b"]}, {"path": "a/1.png", "labels": []}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -185,11 +180,8 @@ def test_json_lists(images: Path):
 
 
 def test_parquet_lists_and_columns(images: Path):
-    assert texts(parquet(images, {"label": [["cat", "dog"], [], ["cat"]]})) == [
-        "cat|dog",
-        "",
-        "cat",
-    ]
+    several = parquet(images, {"label": [["cat", "dog"], [], ["cat"]]})
+    assert texts(several) == ["cat|dog", "", "cat"]
     assert parquet(images, {"label": [[2, 10], [10], None]}).class_names == ["2", "10"]
     classes = {"_type": "ClassLabel", "names": ["zebra", "ant"]}
     for feature in ({"_type": "Sequence", "feature": classes}, [classes]):

@@ -17,15 +17,14 @@ from conftest import encode
 
 
 @functools.cache
-def photo(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
-    """Something like a photograph: coarse and fine structure, width x height."""
-    random = np.random.default_rng(seed)
-    layers = np.zeros((size[1], size[0], 3))
+def photo(seed: int) -> Image.Image:
+    """Something like a photograph: coarse and fine structure, 90 x 70 pixels."""
+    random, layers = np.random.default_rng(seed), np.zeros((70, 90, 3))
     for cells, strength in ((3, 60), (7, 35), (15, 15)):
         coarse = random.normal(size=(cells, cells, 3)) * strength
         for channel in range(3):
             layer = Image.fromarray(coarse[..., channel].astype(np.float32))
-            layers[..., channel] += np.asarray(layer.resize(size, Image.Resampling.BICUBIC))
+            layers[..., channel] += np.asarray(layer.resize((90, 70), Image.Resampling.BICUBIC))
     return Image.fromarray(np.clip(layers + 128, 0, 255).astype(np.uint8))
 
 
@@ -38,17 +37,16 @@ def pairs(found: Duplicates) -> set[tuple[str, int, str, int, str]]:
     return {(*one, *other, kind) for one, other, kind, _ in found.most_different_first()}
 
 
-def brute_force(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
+def brute_force(hashes: np.ndarray, distance: int) -> list[list[int]]:
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
-    return list(zip(*(at.tolist() for at in np.nonzero(np.triu(bits <= distance, 1))), strict=True))
+    return np.argwhere(np.triu(bits <= distance, 1)).tolist()
 
 
 def clustered(seed: int, number: int, centres: int, flips: int) -> np.ndarray:
     """Hashes that differ from one of a few centres in up to `flips` bits."""
     random = np.random.default_rng(seed)
-    hashes = random.integers(0, 2**64, centres, dtype=np.uint64)[
-        random.integers(0, centres, number)
-    ]
+    drawn = random.integers(0, 2**64, centres, dtype=np.uint64)
+    hashes = drawn[random.integers(0, centres, number)]
     for _ in range(flips):
         bit = np.uint64(1) << random.integers(0, 64, number).astype(np.uint64)
         hashes = np.where(random.random(number) < 0.6, hashes ^ bit, hashes)
@@ -60,7 +58,7 @@ def test_pairs_are_those_of_brute_force(distance: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_BLOCK", 70)
     for hashes in (clustered(1, 400, 12, 9), clustered(2, 300, 300, 0), clustered(3, 300, 2, 3)):
         first, second, reached = near_pairs(hashes, distance, 10**9)
-        assert [*zip(first.tolist(), second.tolist(), strict=True)] == brute_force(hashes, distance)
+        assert np.stack([first, second], axis=1).tolist() == brute_force(hashes, distance)
         assert reached == distance
     assert len(near_pairs(np.empty(0, np.uint64), distance, 9)[0]) == 0
 
@@ -70,9 +68,8 @@ def test_a_flood_lowers_the_distance_and_stays_complete():
     whole = len(brute_force(hashes, 10))
     first, second, reached = near_pairs(hashes, 10, whole // 4)
     assert 0 < reached < 10
-    got = [*zip(first.tolist(), second.tolist(), strict=True)]
-    assert got == brute_force(hashes, reached)
-    assert len(got) <= whole // 4 < len(brute_force(hashes, reached + 1))
+    assert np.stack([first, second], axis=1).tolist() == brute_force(hashes, reached)
+    assert len(first) <= whole // 4 < len(brute_force(hashes, reached + 1))
     first, _, reached = near_pairs(np.zeros(5000, dtype=np.uint64), 10, 20_000)
     assert (len(first), reached) == (0, -1)
 
@@ -115,34 +112,31 @@ def test_exact_copies_are_told_apart_from_near_ones_and_labels_are_compared():
     assert len(exact) == 2
 
 
-def three_splits() -> dict[str, Source]:
-    """Images 1 to 6; those with a tenth are JPEG copies."""
+@pytest.fixture
+def found() -> Duplicates:
+    """In three splits of images, where a tenth is a JPEG copy."""
 
     def files(*seeds: float) -> list[bytes]:
-        return [
-            encode(photo(int(seed)), "JPEG", quality=90) if seed % 1 else encode(photo(int(seed)))
-            for seed in seeds
-        ]
+        kinds = ({"kind": "JPEG", "quality": 90} if seed % 1 else {} for seed in seeds)
+        return [encode(photo(int(seed)), **kind) for seed, kind in zip(seeds, kinds, strict=True)]
 
-    return {
+    splits = {
         "train": source(files(1, 2, 3, 4, 4.1, 4)),
         "validation": source(files(2.1, 5, 6), "validation"),
         "test": source(files(1, 6.1, 9, 9), "test"),
     }
+    return find_duplicates(splits, num_workers=0)
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> tuple[dict[str, Source], Path]:
-    """Three splits and the list of what to exclude."""
-    splits, path = three_splits(), tmp_path / "list.txt"
-    found = find_duplicates(splits, num_workers=0)
-    path.write_text(exclude_list(splits, found.to_exclude(), "made"))
-    return splits, path
+def path(found: Duplicates, tmp_path: Path) -> Path:
+    """The list of what to exclude of them."""
+    path = tmp_path / "list.txt"
+    path.write_text(exclude_list(found.splits, found.to_exclude(), "made"))
+    return path
 
 
-def test_the_list_keeps_test_and_the_first(listed):
-    splits, path = listed
-    found = find_duplicates(splits, num_workers=0)
+def test_the_list_keeps_test_and_the_first(found: Duplicates, path: Path):
     assert found.counts()["test"]["train"] == 1
     assert found.counts()["train"]["train"] == 3
     excluded = read_exclude_list(path)
@@ -152,7 +146,7 @@ def test_the_list_keeps_test_and_the_first(listed):
     assert why[0] == "same file as test[0] made/test[0]"
     assert why[1] == "near duplicate of validation[0] made/validation[0]"
     assert why[3] == "same file as train[3] made/train[3]"
-    kept = {name: exclude(data, excluded, name) for name, data in splits.items()}
+    kept = {name: exclude(data, excluded, name) for name, data in found.splits.items()}
     assert [len(data) for data in kept.values()] == [2, 2, 3]
     assert kept["train"].item_name(0) == "made/train[2]"
     assert len(find_duplicates(kept, num_workers=0)) == 0
@@ -165,9 +159,8 @@ def test_a_chain_keeps_what_is_no_duplicate_of_what_stays():
     assert [at for _, at, _ in chain.to_exclude()] == [1]
 
 
-def test_a_list_is_for_its_own_data(listed):
-    splits, path = listed
-    excluded, train = read_exclude_list(path), splits["train"]
+def test_a_list_is_for_its_own_data(found: Duplicates, path: Path):
+    excluded, train = read_exclude_list(path), found.splits["train"]
 
     def named(prefix: str) -> Source:
         return replace(train, images=replace(train.images, item_prefix=prefix))
@@ -182,11 +175,10 @@ def test_a_list_is_for_its_own_data(listed):
             exclude(other, excluded, split)
 
 
-def test_a_line_may_be_deleted_but_not_damaged(listed):
-    splits, path = listed
+def test_a_line_may_be_deleted_but_not_damaged(found: Duplicates, path: Path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:6], *lines[7:]]) + "\n")
-    assert len(exclude(splits["train"], read_exclude_list(path), "train")) == 3
+    assert len(exclude(found.splits["train"], read_exclude_list(path), "train")) == 3
     for text in ("\n".join([*lines[:6], "train\tone\tname\twhy"]), "anything\n"):
         path.write_text(text)
         with pytest.raises(UserError) as error:
@@ -205,13 +197,6 @@ def test_strange_names_survive_the_file(tmp_path: Path):
     assert len(exclude(data, excluded, "train")) == 1
 
 
-def flat(color: tuple[int, int, int], speck: int = 0) -> Image.Image:
-    image = Image.new("RGB", (64, 48), color)
-    if speck:
-        image.putpixel((speck, speck), (0, 0, 0))
-    return image
-
-
 def sky(top: int, seed: int) -> Image.Image:
     """An even gradient with a little noise: much alike in brightness, nothing on it."""
     ramp = np.linspace(top, top - 60, 48)[:, None, None] + np.zeros((48, 64, 3))
@@ -220,8 +205,10 @@ def sky(top: int, seed: int) -> Image.Image:
 
 
 def test_flat_pictures_are_compared_for_equality_only():
-    images = [flat((200, 200, 200)), flat((200, 200, 200), 5), flat((90, 0, 0)), flat((90, 0, 0))]
-    images += [sky(200, seed) for seed in range(4)]
+    grey, red = (Image.new("RGB", (64, 48), color) for color in ((200, 200, 200), (90, 0, 0)))
+    specked = grey.copy()
+    specked.putpixel((5, 5), (0, 0, 0))
+    images = [grey, specked, red, red, *(sky(200, seed) for seed in range(4))]
     found = find_duplicates({"train": source([encode(image) for image in images])}, num_workers=0)
     assert pairs(found) == {("train", 2, "train", 3, "same file")}
     assert found.num_plain == 8

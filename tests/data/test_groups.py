@@ -31,9 +31,7 @@ def random_groups(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def deviation(labels: np.ndarray, parts: np.ndarray, fractions: tuple[float, ...]) -> float:
     """The mean difference of a class's fraction in a part from the wanted one."""
-    counts = np.array(
-        [np.bincount(labels[parts == part], minlength=4) for part in range(len(fractions))]
-    )
+    counts = [np.bincount(labels[parts == part], minlength=4) for part in range(len(fractions))]
     return float(np.abs(counts / np.bincount(labels) - np.array(fractions)[:, None]).mean())
 
 
@@ -149,12 +147,10 @@ def test_an_empty_fold_of_a_test_image(tmp_path: Path):
 
 
 def test_groups_and_folds_are_not_packed_away(tmp_path: Path):
-    for rows, columns, name in (
-        ([("x", 1), ("y", 2)], "path,label,patient", "#group=patient"),
-        ([("x", 1), ("y", 2)], "path,label,fold", ""),
-    ):
+    for column, options in (("patient", "#group=patient"), ("fold", "")):
+        name = listed(tmp_path, [("x", 1), ("y", 2)], f"path,label,{column}")
         with user_error("groups"):
-            pack_splits(open_splits(listed(tmp_path, rows, columns) + name), tmp_path / "packed")
+            pack_splits(open_splits(name + options), tmp_path / "packed")
 
 
 def test_groups_in_several_splits_are_reported(tmp_path: Path):

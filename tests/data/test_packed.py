@@ -247,15 +247,9 @@ def test_the_command_pack(class_folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"mixer train --data {target}\n" in out
     assert f"{class_folder}/train/bee/3.png" in err
     assert mixer(capsys, "data", "pack", f"{class_folder}:train", target)[0] == 2
-    for size, right in (
-        ("1.5GiB", 0),
-        ("512 kb", 0),
-        ("0", 2),
-        ("1TBx", 2),
-        ("9" * 30, 2),
-        ("1,5GB", 2),
-    ):
+    sizes = {"1.5GiB": 0, "512 kb": 0, "0": 2, "1TBx": 2, "9" * 30: 2, "1,5GB": 2}
+    for size, right in sizes.items():
         target = tmp_path / size
-        arguments = "data", "pack", "digits:test[:9]", target, "--shard-size", size
-        assert mixer(capsys, *arguments)[0] == right
+        line = ("data", "pack", "digits:test[:9]", target, "--shard-size", size)
+        assert mixer(capsys, *line)[0] == right
         assert target.exists() == (right == 0)

@@ -14,14 +14,13 @@ import pytest
 
 from allmlp.data.groups import split_by_class
 from allmlp.data.image import decode
-from allmlp.data.source import EncodedImages, Source, labelled
+from allmlp.data.source import Source
 from allmlp.data.source_spec import SourceSpec, by_split, parse_name
 from allmlp.data.sources import is_data, names_source, open_source, open_splits, parquet
 from allmlp.data.sources.packed import pack_splits
 from allmlp.data.sources.subset_file import (
     LabelRule,
     SubsetFile,
-    apply_rule,
     is_applied,
     read_subset_file,
     write_subset_file,
@@ -349,9 +348,6 @@ def test_the_rules_are_those_of_google():
     assert found.tolist() == expected
 
 
-def test_what_a_rule_is_applied_to():
-    numbers = labelled(EncodedImages([b""] * 2, "x"), "somewhere", ["4", "11"], np.arange(2))
-    with pytest.raises(UserError, match="'11'"):
-        apply_rule(numbers, LabelRule("shift", (3, 8)))
+def test_where_a_rule_is_applied_already():
     rule = LabelRule("bins", (40, 16))
     assert [is_applied(rule, ["0", last]) for last in ("15", "16", "2.5")] == [True, False, False]

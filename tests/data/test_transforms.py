@@ -1,6 +1,5 @@
 """An image of any size becomes one of the model's."""
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,20 @@ def test_small_pictures_are_cropped_where_the_protocol_says_so(method, side):
     assert (kept == default).all()
 
 
-def test_resmall_crop_keeps_the_aspect_and_cuts_the_centre():
+@pytest.mark.parametrize(
+    ("width", "side", "own", "ends"),
+    [
+        (512, 224, {}, (72, 183.5)),
+        (256, 128, {"crop": 1.0}, (0.5, 254.5)),
+        (256, 128, {"crop": 0.5}, (64, 191)),
+    ],
+)
+def test_resmall_crop_keeps_the_aspect_and_cuts_the_centre(width, side, own, ends):
     """224 of a shorter side of 256: the share 7/8 of it, and as much of the longer side."""
-    ramp = np.broadcast_to(np.arange(512, dtype=float) / 2, (256, 512)).astype(np.uint8)
-    preprocessing = Preprocessing(image_size=(224, 224), channels=1)
+    ramp = np.broadcast_to(np.arange(width) * 256 // width, (256, width)).astype(np.uint8)
+    preprocessing = Preprocessing(image_size=(side, side), channels=1, **own)
     cut = np.asarray(resize_for_evaluation(ramp[..., None], preprocessing), float)
-    assert (cut[0, 0], cut[0, -1]) == pytest.approx((144 / 2, (144 + 223) / 2), abs=1)
+    assert (cut[0, 0], cut[0, -1]) == pytest.approx(ends, abs=1)
 
 
 def test_inception_boxes_are_drawn_as_tensorflow_draws_them():
@@ -130,12 +137,7 @@ def test_normalize_with_a_mean_and_deviation_for_each_channel():
     torch.testing.assert_close(denormalize(normalize(values, miil), miil), values / 255)
 
 
-def test_the_crop_and_the_interpolation_are_the_models():
-    ramp = np.broadcast_to(np.arange(256, dtype=float), (256, 256)).astype(np.uint8)
-    for crop, ends in ((1.0, (0.5, 254.5)), (0.5, (64, 191))):
-        preprocessing = Preprocessing(image_size=(128, 128), channels=1, crop=crop)
-        cut = np.asarray(resize_for_evaluation(ramp[..., None], preprocessing), float)
-        assert (cut[0, 0], cut[0, -1]) == pytest.approx(ends, abs=1)
+def test_the_interpolation_is_the_models():
     image = draw(3, (90, 70))
     for name in ("bilinear", "bicubic"):
         own = Preprocessing(image_size=(32, 32), resize="squash", interpolation=name)
@@ -149,43 +151,31 @@ def test_a_random_crop_is_cut_from_the_squashed_picture():
     pixels = np.random.default_rng(0).integers(0, 256, size=(32, 64, 3), dtype=np.uint8)
     preprocessing = Preprocessing(image_size=(14, 21))
     whole, seen = resize(pixels, (16, 24)), set()
+    parts = {whole[y : y + 14, x : x + 21].tobytes(): (y, x) for y, x in np.ndindex(3, 4)}
     for seed in range(60):
         found = random_crop(pixels, preprocessing, np.random.default_rng(seed))
         again = random_crop(pixels, preprocessing, np.random.default_rng(seed))
         assert (found.shape, found.flags.c_contiguous) == ((14, 21, 3), True)
         assert (found == again).all()
-        places = [
-            (top, left)
-            for top in range(3)
-            for left in range(4)
-            if (whole[top : top + 14, left : left + 21] == found).all()
-        ]
-        assert len(places) == 1
-        seen.add(places[0])
+        seen.add(parts[found.tobytes()])
     assert len(seen) == 12
 
 
 # The permutations of figure 4: one for all images, last of all, and inside the weights' file
 
 
-def rules(
-    kind: Any = "patches", size: tuple[int, int] = (8, 12), seed: int = 3
-) -> am.Preprocessing:
-    patch = 4 if kind == "patches" else None
-    return am.Preprocessing(
-        image_size=size, permutation=kind, permutation_patch=patch, permutation_seed=seed
-    )
+def rules(kind: Any = "patches", size: tuple[int, int] = (8, 12), seed: int = 3) -> Preprocessing:
+    own = {"permutation_patch": 4 if kind == "patches" else None, "permutation_seed": seed}
+    return Preprocessing(image_size=size, permutation=kind, **own)
 
 
-def numbered(size: tuple[int, int] = (8, 12)) -> torch.Tensor:
-    """Two images whose pixels are all different, also between the images and channels."""
-    count = 2 * 3 * size[0] * size[1]
-    return torch.arange(count).view(2, 3, *size)
+# Two images whose pixels are all different, also between the images and channels.
+NUMBERED = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12)
 
 
 @pytest.mark.parametrize("kind", ["patches", "pixels"])
 def test_every_pixel_stays_and_all_images_are_permuted_alike(kind):
-    images = numbered()
+    images = NUMBERED
     permuted = permute(images, rules(kind))
     assert sorted(permuted.flatten().tolist()) == sorted(images.flatten().tolist())
     assert not torch.equal(permuted, images)
@@ -198,7 +188,7 @@ def test_every_pixel_stays_and_all_images_are_permuted_alike(kind):
 
 
 def test_patches_move_whole_and_their_pixels_within_them_alike():
-    images, settings = numbered(), rules()
+    images, settings = NUMBERED, rules()
     permuted = permute(images, settings)
     patches, inside = patch_orders(settings)
     assert sorted(patches) == list(range(6))
@@ -213,9 +203,7 @@ def test_patches_move_whole_and_their_pixels_within_them_alike():
 
 def test_normalize_permutes():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    plain = dataclasses.replace(
-        rules(), permutation="none", permutation_patch=None, permutation_seed=0
-    )
+    plain = replace(rules(), permutation="none", permutation_patch=None, permutation_seed=0)
     expected = permute(normalize(images, plain), rules())
     assert torch.equal(normalize(images, rules()), expected)
 

@@ -143,9 +143,8 @@ def test_a_run_calibrates_itself_and_answers_unsure(trained, tmp_path, capsys):
     assert "fitted on" in card
     assert "not calibrated" not in card
     output = tmp_path / "sure"
-    out, _ = ran(
-        capsys, "calibrate", run, output, "--data", "digits:validation", "--accuracy", "0.99"
-    )
+    flags = ("--data", "digits:validation", "--accuracy", 0.99)
+    out, _ = ran(capsys, "calibrate", run, output, *flags)
     sure = am.load_model(output)
     threshold = sure.decision.unsure_below
     assert '"unsure" below' in (output / "README.md").read_text()
@@ -174,7 +173,7 @@ def test_few_held_out_images_leave_the_model_as_it_is(class_folder: Path, tmp_pa
     assert "not calibrated" in (tmp_path / "run/best/README.md").read_text()
 
 
-def test_a_threshold_for_several_labels_is_refused_at_once(tmp_path: Path):
+def test_a_threshold_for_several_labels_is_refused_at_once():
     model = tiny_model(num_classes=["a", "b"])
     model.decision = am.Decision(labels="multi")
     with user_error("wrong-type"):

@@ -1,6 +1,5 @@
 """Frozen features: those of the model, kept on disk by what they depend on, trusted only whole."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ from allmlp.evaluation.predictor import Predictor
 from allmlp.models.layers import preprocessing_of
 from conftest import draw, tiny_model
 
-Compute = Callable[..., Features]
-
 
 @pytest.fixture
-def compute(source: Source, tmp_path: Path) -> Compute:
-    """Computes with defaults, and counts the batches that the model saw in `compute.batches`."""
+def compute(source: Source, tmp_path: Path) -> Any:
+    """Computes those of the training images, with defaults."""
 
     def run(model: am.ImageClassifier, **changes: Any) -> Features:
         given = {"source": source, "cache": tmp_path / "cache", "on_batch": None, **changes}
@@ -35,7 +32,7 @@ def compute(source: Source, tmp_path: Path) -> Compute:
 
 
 @pytest.mark.numerics
-def test_they_are_the_models(source: Source, compute: Compute):
+def test_they_are_the_models(source: Source, compute: Any):
     model = tiny_model().train()
     preprocessing = preprocessing_of(model)
     found = compute(model, cache=None)
@@ -82,7 +79,7 @@ def other_gelu(model: am.ImageClassifier) -> None:
         (None, {}),  # another image
     ],
 )
-def test_what_changes_them_misses(change: Any, given: Any, compute: Compute, class_folder: Path):
+def test_what_changes_them_misses(change: Any, given: Any, compute: Any, class_folder: Path):
     model = tiny_model()
     compute(model)
     if change is not None:
@@ -100,7 +97,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(b"\xff" * 500)])
-def test_a_damaged_file_is_computed_anew(damage: Any, compute: Compute, tmp_path: Path):
+def test_a_damaged_file_is_computed_anew(damage: Any, compute: Any, tmp_path: Path):
     model = tiny_model()
     first = compute(model)
     (path,) = (tmp_path / "cache").iterdir()
@@ -119,7 +116,7 @@ def test_a_damaged_file_is_computed_anew(damage: Any, compute: Compute, tmp_path
     assert again.values.tobytes() == third.values.tobytes()
 
 
-def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_folder: Path):
+def test_bad_images_are_left_out_also_from_the_cache(compute: Any, class_folder: Path):
     bad = class_folder / "train" / "ant" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])
     model = tiny_model()
@@ -131,7 +128,7 @@ def test_bad_images_are_left_out_also_from_the_cache(compute: Compute, class_fol
         assert [(image.index, image.name) for image in found.bad] == [(3, str(bad))]
 
 
-def test_features_that_are_not_finite_name_the_image(compute: Compute, tmp_path: Path, monkeypatch):
+def test_features_that_are_not_finite_name_the_image(compute: Any, tmp_path: Path, monkeypatch):
     model, batches = tiny_model(), []
     right = type(model).features
 

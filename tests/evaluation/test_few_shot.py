@@ -215,7 +215,7 @@ def test_wrong_options(settings: dict[str, Any]):
         am.few_shot(tiny_model(), "digits", **settings)
 
 
-def test_data_that_is_refused(data: Path, tmp_path: Path):
+def test_data_that_is_refused(data: Path):
     model, splits = tiny_model(), open_splits(str(data))
     one = subset(splits["train"], np.arange(9), "only blue")
     with pytest.raises(am.UserError, match=r"two classes or more .*\['blue'\]"):

@@ -60,11 +60,9 @@ def test_numbers_of_files_in_folders_and_shards(folder: Path, tmp_path: Path):
 def parquet_file(
     path: Path, columns: dict[str, list[int]], names: list[str | None] | None
 ) -> Source:
-    files = [encode(draw(seed)) for seed in range(3)]
-    images = [
-        {"bytes": data, **({} if names is None else {"path": name})}
-        for data, name in zip(files, names or [None] * 3, strict=True)
-    ]
+    images = [{"bytes": encode(draw(seed))} for seed in range(3)]
+    for image, name in zip(images, names or (), strict=False):
+        image["path"] = name
     table = pyarrow.table({"image": images, "label": ["a", "b", "a"], **columns})
     parquet.write_table(table, path, row_group_size=2)
     return open_source(str(path))

@@ -49,8 +49,7 @@ def test_out_of_fold_equals_scikit_learn(digits: tuple[np.ndarray, np.ndarray]) 
     features, labels = digits
     folds = stratified_folds(labels, 3, seed=1)
     x = StandardScaler().fit_transform(features)
-    losses, ours = {}, out_of_fold(features, labels, 10, folds)
-    theirs = {}
+    losses, theirs, ours = {}, {}, out_of_fold(features, labels, 10, folds)
     for l2 in (1e-1, 1e-2, 1e-3, 1e-4):
         model = LogisticRegression(C=1 / (l2 * 400), solver="newton-cg", tol=1e-8)
         theirs[l2] = cross_val_predict(

@@ -110,9 +110,8 @@ def test_a_published_file_by_its_file_name(tmp_path: Path):
 def test_a_file_that_somebody_has_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path))
     place = tmp_path / "vip_l7.i1k" / "vip_l7.pth"
-    with pytest.raises(
-        am.UserError, match=r"https://drive.google.com/[\s\S]*put it at " + str(place)
-    ):
+    by_hand = r"https://drive.google.com/[\s\S]*put it at " + str(place)
+    with pytest.raises(am.UserError, match=by_hand):
         am.load_model("vip_l7.i1k")
     place.parent.mkdir()
     torch.save({"state_dict": published("permutator", 1000).state_dict()}, place)

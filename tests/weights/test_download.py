@@ -1,16 +1,19 @@
-"""Downloads from a server that hangs up, changes, lies or is not there."""
+"""Downloads from a server that hangs up, changes, lies or is not there; and from the hub."""
 
 import hashlib
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import file_download
+from huggingface_hub import constants, file_download
+from test_layouts import timm_folder
 
 import allmlp as am
+import hub_server
 from allmlp.console import Reporter
 from allmlp.weights import download
 from allmlp.weights.download import Published, cache_folder, cached
@@ -59,12 +62,13 @@ def test_a_plain_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupted_download_resumes_by_itself(tmp_path: Path):
-    behaviour = Behaviour(CONTENT, cut_after=[100_000, 50_000])
+@pytest.mark.parametrize("ranges", [True, False])  # which the server knows or not
+def test_an_interrupted_download_resumes_by_itself(tmp_path: Path, ranges: bool):
+    behaviour = Behaviour(CONTENT, cut_after=[100_000, 50_000][: 1 + ranges], ranges=ranges)
     with serve(behaviour) as url:
         cached(published(url), tmp_path / "file", QUIET)
     assert (tmp_path / "file").read_bytes() == CONTENT
-    assert behaviour.requests == [None, "bytes=100000-", "bytes=150000-"]
+    assert not ranges or behaviour.requests == [None, "bytes=100000-", "bytes=150000-"]
 
 
 @pytest.mark.parametrize("changes", [False, True])
@@ -82,13 +86,6 @@ def test_an_interrupted_download_resumes_the_next_time(tmp_path: Path, changes: 
     assert (tmp_path / "file").read_bytes() == behaviour.content
     assert behaviour.requests == [None if changes else "bytes=100000-"]
     assert names(tmp_path) == ["file", "file.sha256"]
-
-
-def test_a_server_without_ranges(tmp_path: Path):
-    behaviour = Behaviour(CONTENT, cut_after=[100_000], ranges=False)
-    with serve(behaviour) as url:
-        cached(published(url), tmp_path / "file", QUIET)
-    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("known", [{"mebibytes": 0.5}, {"sha256": "00000000"}])
@@ -166,3 +163,51 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download.sys, "platform", "linux")
     monkeypatch.delenv("MIXER_CACHE")
     assert cache_folder() == tmp_path / "xdg" / "allmlp"
+
+
+# --- hf:owner/name, on a hub of our own and without a network ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The hub's cache, with a hub that has owner/tiny, branches main and v2."""
+    files = {path.name: path.read_bytes() for path in timm_folder(tmp_path).iterdir()}
+    with hub_server.serve(hub_server.Hub({"owner/tiny": {"main": files, "v2": files}}), tmp_path):
+        yield tmp_path / "cache"
+
+
+def test_a_model_of_the_hub_and_then_offline(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    for offline in ("0", "1"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        model = am.load_model("hf:owner/tiny@v2", quiet=True)
+        assert (model.config.num_classes, model.config.gelu) == (7, "exact")
+        assert model.preprocessing.value_range() == "[0, 1]"
+    blob = next(path for path in cache.rglob("model.safetensors")).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(am.UserError, match="the cached file is damaged") as caught:
+        am.load_model("hf:owner/tiny@v2")
+    assert str(blob) in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:owner/nothing", "no model 'owner/nothing', or it is private"),
+        ("hf:owner/tiny@v9", "owner/tiny has no revision 'v9'"),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_what_is_not_there(source: str, message: str):
+    with pytest.raises(am.UserError, match=message):
+        am.load_model(source)
+
+
+def test_no_network_is_one_message(cache: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(am.UserError, match="owner/tiny is not in the cache") as caught:
+        am.load_model("hf:owner/tiny")
+    assert caught.value.where == str(cache)
+    assert "hf download owner/tiny" in str(caught.value.fix)
+    assert capfd.readouterr().err == ""  # no warnings of the hub's library

@@ -149,15 +149,12 @@ def test_timms_other_families(tmp_path: Path, family: str):
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2, 1])).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     names = family_of(model.config).names[0]
-    gradients = {
-        "images_grad": images.grad,
-        **{f"grad/{k}": v for k, v in names.from_ours(found).items()},
-    }
+    gradients = {f"grad/{name}": value for name, value in names.from_ours(found).items()}
+    gradients["images_grad"] = images.grad
     assert gradients.keys() | {"images", "logits", "features"} == golden.keys()
     for name, gradient in gradients.items():
-        assert (gradient - golden[name]).abs().max() <= 1e-5 * max(1, golden[name].abs().max()), (
-            name
-        )
+        limit = 1e-5 * max(1, golden[name].abs().max())
+        assert (gradient - golden[name]).abs().max() <= limit, name
     saved = am.save_model(model, tmp_path / "out.safetensors", format="timm")
     before, after = safetensors.torch.load_file(path), safetensors.torch.load_file(saved)
     assert before.keys() == after.keys()

@@ -236,10 +236,9 @@ def test_the_papers_comparison_systems(real_timm, monkeypatch, name, parameters,
 def test_a_run_resumes_with_its_running_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     changes = {"model__overrides": {}, "model__name": "timm:fake_cnn", "model__image_size": 16}
     changes |= {"data__holdout": 0.0, "optimizer__warmup": 0, "optimizer__average": 0.5}
+    changes["checkpoint_every"], length = 3, {"steps": 6, "evaluate_every": 3}
     whole, stopped = (
-        tiny_config("digits", tmp_path / name, checkpoint_every=3, **changes).with_values(
-            {"steps": 6, "evaluate_every": 3}
-        )
+        tiny_config("digits", tmp_path / name, **changes).with_values(length)
         for name in ("whole", "stopped")
     )
     am.train(whole, quiet=True)

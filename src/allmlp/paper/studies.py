@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,85 +54,89 @@ class Study:
     rows: list[dict[str, Any]]
 
 
-def _run(
-    kind: str,  # of the measurement, e.g. "data-scale"; the files are named after it
-    config: TrainConfig,  # shared by all runs
-    images: Source,  # for training; settings depend on their kind
-    cells: Mapping[str, tuple[Row, TrainConfig]],  # folder -> columns of its row, its settings
-    seeds: tuple[int, ...],  # one run of each cell for each
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Defines a study: its runs, and what is done with the results."""
+
+    kind: str  # of the measurement, e.g. "data-scale"; the files are named after it
+    config: TrainConfig  # shared by all runs
+    images: Source  # for training; settings depend on their kind
+    cells: Mapping[str, tuple[Row, TrainConfig]]  # folder -> columns of its row, its settings
+    seeds: tuple[int, ...]  # one run of each cell for each
     # Draws the figure PATH.png and may add columns: (PATH, rows of the runs by name, of the cells).
-    finish: Callable[[Path, Mapping[str, Row], list[Row]], None],
-    columns: Mapping[str, str],  # title -> format string, for the printed table
-    few_shot: FewShotOptions | None = None,  # measures the features of each run's best weights
-    settings: Mapping[str, Any] | None = None,  # whatever else is to be recorded
-    *,
-    quiet: bool,
-) -> Study:
-    """Trains the missing runs of a study; writes and prints the results of all of them."""
-    runs: dict[str, TrainConfig] = {}
-    for cell, (_, own) in cells.items():
-        own = for_data(own, images)
-        if own.steps is not None and own.model.train_only != "probe":
-            check_warmup(own.optimizer, own.steps)
-        for seed in seeds:
-            subset = {"data.fraction_seed": seed} if own.data.fraction < 1.0 else {}
-            runs[f"cells/{cell}/seed-{seed}"] = own.with_values({"seed": seed, **subset})
-    name = kind.replace("-", "_")
-    names = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
-    few_shot_data = few_shot.data if few_shot else ()
-    folder = study_folder(config.output, names, [config.data.source, *few_shot_data])
+    finish: Callable[[Path, Mapping[str, Row], list[Row]], None]
+    columns: Mapping[str, str]  # title -> format string, for the printed table
+    few_shot: FewShotOptions | None = None  # measures the features of each run's best weights
+    settings: Mapping[str, Any] = field(default_factory=dict)  # whatever else is to be recorded
 
-    def measure(result: TrainResult) -> Row:
-        assert result.validation is not None
-        row: Row = {"validation": result.validation.top1}
-        if few_shot is not None:
-            (found,) = few_shots(str(result.run_folder), few_shot)
-            (shots,) = few_shot.shots
-            row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
-            row |= {"notes": found.notes, "few_shot_by": by}
-        return row
+    def run(self, *, quiet: bool) -> Study:
+        """Trains the missing runs; writes and prints the results of all of them."""
+        runs: dict[str, TrainConfig] = {}
+        for cell, (_, own) in self.cells.items():
+            own = for_data(own, self.images)
+            if own.steps is not None and own.model.train_only != "probe":
+                check_warmup(own.optimizer, own.steps)
+            for seed in self.seeds:
+                subset = {"data.fraction_seed": seed} if own.data.fraction < 1.0 else {}
+                runs[f"cells/{cell}/seed-{seed}"] = own.with_values({"seed": seed, **subset})
+        name = self.kind.replace("-", "_")
+        names = ("cells", *(f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg")))
+        few_shot_data = self.few_shot.data if self.few_shot else ()
+        folder = study_folder(self.config.output, names, [self.config.data.source, *few_shot_data])
 
-    def rows_of(done: Mapping[str, Row]) -> list[Row]:
-        """Returns a row for each cell of which a run is finished."""
-        rows = []
-        for cell, (own, _) in cells.items():
-            found = [row for name, row in done.items() if name.startswith(f"cells/{cell}/seed-")]
-            if found:
-                rows.append(own | _reached(found) | own)
-        return rows
+        def measure(result: TrainResult) -> Row:
+            assert result.validation is not None
+            row: Row = {"validation": result.validation.top1}
+            if self.few_shot is not None:
+                (found,) = few_shots(str(result.run_folder), self.few_shot)
+                (shots,) = self.few_shot.shots
+                row |= {"few_shot": found.mean(shots), "few_shot_deviation": found.deviation(shots)}
+                row |= {"notes": found.notes, "few_shot_by": by}
+            return row
 
-    def save(done: Mapping[str, Row], rows: list[Row]) -> None:
-        missing = [name for name in runs if name not in done]
-        values = {
-            "settings": dict(settings or {}),
-            "rows": rows,
-            "partial": bool(missing),
-            "missing": missing,
-            "cells": dict(done),
-            "config": config.to_json(),
-        }
-        save_result(folder / f"{name}.json", measurement(kind, None, values))
+        def rows_of(done: Mapping[str, Row]) -> list[Row]:
+            """Returns a row for each cell of which a run is finished."""
+            rows = []
+            for cell, (own, _) in self.cells.items():
+                found = [
+                    row for name, row in done.items() if name.startswith(f"cells/{cell}/seed-")
+                ]
+                if found:
+                    rows.append(own | _reached(found) | own)
+            return rows
 
-    with join_world(config.device) as (world, _):
-        sweep = Sweep(folder, world, quiet=quiet)
-        # What the few-shot accuracies depend on beside the runs.
-        hashes = world.broadcast_from_rank0(
-            lambda: [hash_of_data(source, None) for source in few_shot_data]
-        )
-        by = [*hashes, *few_shot.shots, *few_shot.seeds] if few_shot else None
-        for key in map(sweep.key, runs.values()):
-            if key in sweep.rows and sweep.rows[key].get("few_shot_by") != by:
-                del sweep.rows[key]  # is measured again, not trained again
-        done = sweep.run_all(runs, measure, lambda done: save(done, rows_of(done)))
-        rows = rows_of(done)
-        if world.is_main:
-            finish(folder / name, done, rows)
-            save(done, rows)
-            over = f"{rows[0]['measured_on']} top-1, {plural(len(seeds), 'seed')}"
-            for line in ["", *formatted(columns, rows), over]:
-                sweep.say(line)
-            sweep.say(f"written  {folder / name}.json")
-        return Study(folder, rows)
+        def save(done: Mapping[str, Row], rows: list[Row]) -> None:
+            missing = [name for name in runs if name not in done]
+            values = {
+                "settings": dict(self.settings),
+                "rows": rows,
+                "partial": bool(missing),
+                "missing": missing,
+                "cells": dict(done),
+                "config": self.config.to_json(),
+            }
+            save_result(folder / f"{name}.json", measurement(self.kind, None, values))
+
+        with join_world(self.config.device) as (world, _):
+            sweep = Sweep(folder, world, quiet=quiet)
+            # What the few-shot accuracies depend on beside the runs.
+            hashes = world.broadcast_from_rank0(
+                lambda: [hash_of_data(source, None) for source in few_shot_data]
+            )
+            by = [*hashes, *self.few_shot.shots, *self.few_shot.seeds] if self.few_shot else None
+            for key in map(sweep.key, runs.values()):
+                if key in sweep.rows and sweep.rows[key].get("few_shot_by") != by:
+                    del sweep.rows[key]  # is measured again, not trained again
+            done = sweep.run_all(runs, measure, lambda done: save(done, rows_of(done)))
+            rows = rows_of(done)
+            if world.is_main:
+                self.finish(folder / name, done, rows)
+                save(done, rows)
+                over = f"{rows[0]['measured_on']} top-1, {plural(len(self.seeds), 'seed')}"
+                for line in ["", *formatted(self.columns, rows), over]:
+                    sweep.say(line)
+                sweep.say(f"written  {folder / name}.json")
+            return Study(folder, rows)
 
 
 def _reached(runs: list[Row]) -> Row:
@@ -251,7 +255,7 @@ def data_scale(
         label = f"linear {options.shots}-shot top-1 (%)"
         save(data_scale_figure(points, label, options.few_shot_data, options.data), path)
 
-    return _run(
+    return Experiment(
         kind="data-scale",
         config=config,
         images=splits.train,
@@ -276,8 +280,7 @@ def data_scale(
             "shots": options.shots,
             "few_shot_seeds": list(options.few_shot_seeds),
         },
-        quiet=quiet,
-    )
+    ).run(quiet=quiet)
 
 
 # Figure 4: how much a network depends on the order of the pixels
@@ -333,7 +336,7 @@ def permutation(
             row["drop"] = 1 - row["accuracy"] / accuracy if accuracy else None
         save(permutation_figure(done, rows, examples, options.data), path)
 
-    return _run(
+    return Experiment(
         kind="permutation",
         config=config,
         images=splits.train,
@@ -349,8 +352,7 @@ def permutation(
             "few_shot_data": options.few_shot_data,
             "shots": options.shots if options.few_shot_data else None,
         },
-        quiet=quiet,
-    )
+    ).run(quiet=quiet)
 
 
 def _examples(
@@ -429,7 +431,7 @@ def ablations(
             rate = None if speed.best is None else speed.best.images_per_second
             row |= {"images_per_second": rate, "precision": speed.precision}
 
-    return _run(
+    return Experiment(
         kind="ablations",
         config=config,
         images=images,
@@ -447,5 +449,4 @@ def ablations(
             "FLOPs": "{flops:,}",
             "images/s": "{images_per_second:,.0f}",
         },
-        quiet=quiet,
-    )
+    ).run(quiet=quiet)
