@@ -171,15 +171,20 @@ def kill_what_is_left() -> None:
 
 
 def start_two(
-    config: am.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
+    config: am.TrainConfig | list[object], text: Path, fault: str = "", size: int = 2
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared = {"WORLD_SIZE": "2", **address, **environment}
-    ranks = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    ranks = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
     return [
         start(config, text.with_name(f"{text.name}.{own['RANK']}"), fault, own) for own in ranks
     ]
+
+
+def ended(processes: list[Process], *codes: int) -> list[str]:
+    """Waits for the processes, which must end with these exit codes; returns what each said."""
+    assert [process.wait() for process in processes] == list(codes), said_by_all()
+    return [process.said() for process in processes]
 
 
 def free_port() -> int:
