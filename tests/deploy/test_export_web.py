@@ -51,29 +51,22 @@ def test_without_a_network_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with serve(Behaviour(small_package())) as url:  # not the published bytes
         monkeypatch.setenv("NPM_CONFIG_REGISTRY", url)
-        with pytest.raises(am.UserError) as caught:
+        with user_error("changed"):
             am.export(tiny_model(), tmp_path / "page")
-    assert caught.value.code == "changed"
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "page.v2"])
 @pytest.mark.parametrize("name", ["index.html", "model.onnx"])
-def test_files_of_the_folder_are_not_replaced(tmp_path: Path, name: str):
-    page = tmp_path / "page.v2"
-    page.mkdir()
-    (page / name).write_bytes(b"theirs")
-    with pytest.raises(am.UserError) as caught:
-        am.export(tiny_model(), f"{page}/")
-    assert (caught.value.code, caught.value.where) == ("exists", str(page / name))
-    assert [path.name for path in page.iterdir()] == [name]
-
-
-def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_of_the_folder_are_not_replaced(tmp_path: Path, monkeypatch, folder: str, name: str):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "index.html").touch()
-    with pytest.raises(am.UserError) as caught:
-        am.export(tiny_model(), ".")
-    assert (caught.value.code, caught.value.where) == ("exists", str(tmp_path / "index.html"))
+    page = tmp_path / folder
+    page.mkdir(exist_ok=True)
+    (page / name).write_bytes(b"theirs")
+    with user_error("exists") as caught:
+        am.export(tiny_model(), "." if folder == "." else f"{page}/")
+    assert caught.value.where == str(page / name)
+    assert [path.name for path in page.iterdir()] == [name]
 
 
 @pytest.mark.slow

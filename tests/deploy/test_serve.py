@@ -335,7 +335,7 @@ def test_names_that_are_not_text_and_values_that_are_not_finite(service):
     torch.nn.init.constant_(service.model.head.bias, float("nan"))
     with connected(service) as client:
         (row,) = client.post("/predict", files=form(PNG)).json()
-        assert "not finite" in row["error"]
+        assert (row["classes"], "not finite" in row["error"]) == ([], True)
         assert client.post("/occlusion", files=form(PNG)).status_code == 422
 
 
