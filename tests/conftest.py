@@ -118,6 +118,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("runs") / "data")
 
 
+@pytest.fixture(scope="module")
+def straight(data: Path) -> Path:
+    """A run of `runs` on these that nothing stopped."""
+    import runs
+
+    return runs.train(runs.run_config(data, data.parent / "straight", **runs.DROPOUT))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """The weights and data of `studies`."""

@@ -199,9 +199,9 @@ def start_two(
     ]
 
 
-def ended(processes: list[Process], *codes: int) -> list[str]:
+def ended(processes: list[Process], *codes: int, seconds: float = 60.0) -> list[str]:
     """Waits for the processes, which must end with these exit codes; returns what each said."""
-    assert [process.wait() for process in processes] == list(codes), said_by_all()
+    assert [process.wait(seconds) for process in processes] == list(codes), said_by_all()
     return [process.said() for process in processes]
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import allmlp as am
 from allmlp.training import train as loop
 from conftest import digest
 from runs import (
     DROPOUT,
     check_same,
+    ended,
     logged,
     losses_of,
     results_of,
@@ -33,9 +35,9 @@ MIXER = Path(sys.executable).with_name("mixer")
 LONG = {**DROPOUT, "steps": 150, "evaluate_every": 50, "data__num_workers": 2}
 
 
-@pytest.fixture(scope="module")
-def straight(data: Path) -> Path:
-    return train(run_config(data, data.parent / "straight"))
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> am.TrainConfig:
+    return run_config(data, tmp_path / "run", **DROPOUT)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,7 @@ def long(data: Path) -> Path:
 
 def popen(command: str) -> subprocess.Popen[str]:
     """Starts a command as a terminal does, at the head of a group of processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
     return subprocess.Popen(
         command,
         shell=True,
@@ -98,8 +99,8 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
-    config = run_config(data, tmp_path / "run", checkpoint_every=6)
+def test_a_second_signal_ends_it_at_once(config, straight, tmp_path, number: int, code: int):
+    config = config.with_value("checkpoint_every", 6)
     wait = "before_step(patch, 16, lambda _: (print('waits', flush=True), time.sleep(600)))"
     process = start(config, tmp_path / "said", wait)
     saved = tmp_path / "run" / "checkpoints" / "step-00000012"
@@ -115,9 +116,9 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
 
 
 @pytest.mark.slow
-def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
+def test_torchrun_passes_on_a_signal_that_came_already(config, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
-    config, proceed = run_config(data, tmp_path / "run"), tmp_path / "proceed"
+    proceed = tmp_path / "proceed"
     wait = f"until(Path({str(proceed)!r}).exists, 30.0)"
     fault = f"before_step(patch, 16, lambda _: (print('waits', flush=True), {wait}))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
@@ -126,20 +127,19 @@ def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     process.send(signal.SIGTERM)
     proceed.touch()
-    assert process.wait() == 130
-    assert "stopped immediately" not in process.said()
-    assert "stopped after step 17 of 30" in process.said()
+    (said,) = ended([process], 130)
+    assert "stopped immediately" not in said
+    assert "stopped after step 17 of 30" in said
     check_same(train(config), straight)
 
 
-def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
+def test_in_the_middle_of_an_evaluation(config, straight, tmp_path, monkeypatch):
     measure = loop.measure
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return measure(*arguments)
 
-    config = run_config(data, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "measure", interrupted)
         with pytest.raises(SystemExit) as end:
@@ -150,20 +150,18 @@ def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
     check_same(train(config), straight)
 
 
-def test_the_callers_handlers_come_back(data, tmp_path):
+def test_the_callers_handlers_come_back(config):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    train(run_config(data, tmp_path / "run"), stop_after=2)
+    train(config, stop_after=2)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_plots_are_drawn(data, straight, tmp_path):
+def test_ctrl_c_while_the_plots_are_drawn(config, straight, tmp_path):
     """The training is done then, and the same command measures and draws."""
-    config = run_config(data, tmp_path / "run")
     # The signal may reach another thread first: the sleep is where it then arrives.
     stop = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(10))"
     fault = f"patch.setattr('allmlp.training.report.load_model', lambda _: {stop})"
-    process = start(config, tmp_path / "said", fault)
-    assert process.wait() == 130
-    assert process.said().splitlines()[-1] == "stopped"
+    (said,) = ended([start(config, tmp_path / "said", fault)], 130)
+    assert said.splitlines()[-1] == "stopped"
     check_same(train(config), straight)

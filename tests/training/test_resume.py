@@ -42,12 +42,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def straight(data: Path) -> Path:
-    """A run that nothing stopped."""
-    return train(run_config(data, data.parent / "straight", **DROPOUT))
-
-
 def check_resumed(config: am.TrainConfig, straight: Path, run: Path) -> None:
     """Stopped in mid-epoch by SIGTERM, resumed, stopped by Ctrl-C, and resumed by its settings.
 
