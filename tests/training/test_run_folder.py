@@ -1,8 +1,6 @@
 """What a run writes, and what it takes back when it resumes from an earlier step."""
 
-import csv
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -12,36 +10,27 @@ import allmlp as am
 from allmlp import plots
 from allmlp.training.run_folder import RunFolder
 from conftest import REAL, tiny_model
-from runs import unix
+from runs import results_of, steps_of, unix
 
 
 def config(path: Path) -> am.TrainConfig:
     return am.recipe("digits").with_value("output", str(path))
 
 
-def filled(path: Path) -> RunFolder:
-    run = RunFolder(path, config(path))
+def test_going_back_takes_out_what_came_later(tmp_path: Path):
+    run = RunFolder(tmp_path / "run", config(tmp_path / "run"))
     for step in range(0, 40, 10):
         run.log_step({"step": step, "loss": 1.0 / (step + 1)})
     for step in (15, 30):
         run.log_evaluation({"epoch": step / 10, "step": step, "best": 1})
-    return run
-
-
-def test_going_back_takes_out_what_came_later(tmp_path: Path):
-    run = filled(tmp_path / "run")
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')  # cut off by a kill
     run.rewind(20)
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 10]
+    assert [line["step"] for line in steps_of(run.path)] == [0, 10]
     run.log_step({"step": 20, "loss": 0.5})
     run.log_evaluation({"epoch": 3.0, "step": 30, "best": 0})
-    with (run.path / "results.csv").open(newline="") as file:
-        assert [(row["step"], row["best"]) for row in csv.DictReader(file)] == [
-            ("15", "1"),
-            ("30", "0"),
-        ]
+    rows = [(row["step"], row["best"]) for row in results_of(run.path)]
+    assert rows == [("15", "1"), ("30", "0")]
     run.rewind(0)
     assert (run.path / "metrics.jsonl").read_text() == ""
     assert not (run.path / "results.csv").exists()
@@ -82,11 +71,8 @@ def test_damaged_logs_do_not_stop_a_run(tmp_path, monkeypatch, damage):
     run.rewind(4)
     run.log_step({"step": 4, "epoch": 2.0, "loss": 1.0, "learning_rate": 0.1})
     run.log_evaluation({"epoch": 3.0, "step": 6, **evaluation})
-    metrics = [
-        json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()
-    ]
-    with (run.path / "results.csv").open(newline="") as file:
-        results = [int(row["step"]) for row in csv.DictReader(file)]
+    metrics = [line["step"] for line in steps_of(run.path)]
+    results = [int(row["step"]) for row in results_of(run.path)]
     assert metrics[-1] == 4
     assert results[-1] == 6
     assert metrics == sorted(set(metrics))
