@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,17 @@ def test_one_at_a_time_and_not_too_many(service, monkeypatch):
     assert codes == [200, 200]
 
 
+def sent_to(service: Service, receive: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What a client of the request SCOPE is sent."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
+    return sent
+
+
 def test_a_request_whose_client_has_gone_is_given_up(service, monkeypatch):
     ended = threading.Event()
 
@@ -287,27 +298,20 @@ def test_a_request_whose_client_has_gone_is_given_up(service, monkeypatch):
     async def receive() -> dict[str, object]:
         return messages.pop(0)
 
-    async def send(_: object) -> None:
-        pass
-
-    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
+    sent_to(service, receive)
     assert ended.is_set()
 
 
 def test_a_client_that_never_ends_its_request(service, monkeypatch):
     monkeypatch.setattr("allmlp.deploy.web._SECONDS_TO_SEND", 0.05)
-    sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, object]:
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    async def send(message: dict[str, object]) -> None:
-        sent.append(message)
-
-    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
-    assert sent[0]["status"] == 408
-    assert b"0.05 seconds" in sent[1]["body"]
+    head, body = sent_to(service, receive)
+    assert head["status"] == 408
+    assert b"0.05 seconds" in body["body"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", GET + b"GET /he"])

@@ -6,7 +6,10 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,59 +49,51 @@ def long(data: Path) -> Path:
     return train(run_config(data, data.parent / "long", **LONG))
 
 
-def popen(command: str) -> subprocess.Popen[str]:
-    """Starts a command as a terminal does, at the head of a group of processes."""
+@contextmanager
+def running(command: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a command as a terminal does, at the head of a group of processes."""
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    return subprocess.Popen(
-        command,
-        shell=True,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-        env=environment,
-    )
-
-
-@pytest.mark.slow
-def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
-    """Sent to the whole group, as a terminal and a cluster do: the loader workers get it too."""
-    stops = {tmp_path / "term": (signal.SIGTERM, 143), tmp_path / "int": (signal.SIGINT, 130)}
-    running: list[subprocess.Popen[str]] = []
-    printed: list[str] = []
-    try:
-        for run in stops:
-            words = [MIXER, *typed_settings(run_config(data, run, **LONG))]
-            running.append(popen(f"exec {shlex.join(map(str, words))}"))
-        waiting = dict(zip(stops, running, strict=True))
-        while waiting:
-            until(lambda: any(logged(run) > 2 for run in waiting), 60.0)
-            run = next(run for run in waiting if logged(run) > 2)
-            os.killpg(waiting.pop(run).pid, stops[run][0])
-        for process, (run, (_, code)) in zip(running, stops.items(), strict=True):
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == code, out + err
-            assert err.count("stopping: the run saves at the end of this step") == 1
-            assert "Traceback" not in out + err
-            done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
-            assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
-            assert done < 145
-            printed += re.findall(r"to resume: (.+)", out)
-        running = [popen(command) for command in printed]
-        for process, run in zip(running, stops, strict=True):
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == 0, out + err
-            assert re.search(r"resumed  after step \d+ of 150", out)
-            assert steps_of(run) == steps_of(long)
-            assert results_of(run) == results_of(long)
-            assert digest(run / "best/model.safetensors") == digest(long / "best/model.safetensors")
-    finally:
-        for process in running:
+    streams: Any = {"stdout": pipe, "stderr": pipe, "text": True}
+    with subprocess.Popen(
+        command, shell=True, start_new_session=True, env=environment, **streams
+    ) as process:
+        try:
+            yield process
+        finally:
             process.kill()
 
 
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_the_command_itself(data: Path, long: Path, tmp_path: Path, number: int, code: int):
+    """Sent to the whole group, as a terminal and a cluster do: the loader workers get it too."""
+    run = tmp_path / "run"
+    words = [MIXER, *typed_settings(run_config(data, run, **LONG))]
+    with running(f"exec {shlex.join(map(str, words))}") as process:
+        until(lambda: logged(run) > 2, 60.0)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert err.count("stopping: the run saves at the end of this step") == 1
+    assert "Traceback" not in out + err
+    done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
+    assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+    assert done < 145
+    (printed,) = re.findall(r"to resume: (.+)", out)
+    with running(printed) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert re.search(r"resumed  after step \d+ of 150", out)
+    assert steps_of(run) == steps_of(long)
+    assert results_of(run) == results_of(long)
+    assert digest(run / "best/model.safetensors") == digest(long / "best/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_second_signal_ends_it_at_once(config, straight, tmp_path, number: int, code: int):
     config = config.with_value("checkpoint_every", 6)
     wait = "before_step(patch, 16, lambda _: (print('waits', flush=True), time.sleep(600)))"
