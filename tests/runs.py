@@ -122,8 +122,6 @@ def killed(act: Callable[[Callable[[], None]], object], instant: int) -> int:
 
 @dataclass
 class Process:
-    """A command that runs, or has ended."""
-
     pid: int  # leads a session and a group of its own
     text: Path  # what it says, on both streams
     test: str  # that started it
@@ -142,7 +140,6 @@ class Process:
         return self.code
 
     def wait(self, seconds: float = 60.0) -> int:
-        """Returns the exit code."""
         until(lambda: self.poll() is not None, seconds)
         return self.code
 
@@ -206,7 +203,6 @@ def ended(processes: list[Process], *codes: int, seconds: float = 60.0) -> list[
 
 
 def free_port() -> int:
-    """Returns a port of this machine that is free."""
     return next(port for port in _ports() if _is_free(port))
 
 
@@ -247,13 +243,8 @@ class Nursery:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
 
     def ask(self, order: dict[str, Any]) -> Any:
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -338,13 +329,11 @@ def check_same(run: Path, straight: Path) -> None:
     assert len(losses_of(run)) == len(losses_of(straight))
     assert steps_of(run) == steps_of(straight)
     assert results_of(run) == results_of(straight)
-    states = [
-        sorted((folder / "checkpoints").glob("step-*/state.safetensors"))[-1]
-        for folder in (run, straight)
-    ]
-    assert states[0].parent.name == states[1].parent.name
-    assert digest(states[0]) == digest(states[1])
-    assert digest(run / "best/model.safetensors") == digest(straight / "best/model.safetensors")
+    states = "checkpoints/step-*/state.safetensors"
+    last, other = (max(p.parent.name for p in folder.glob(states)) for folder in (run, straight))
+    assert last == other
+    for name in (f"checkpoints/{last}/state.safetensors", "best/model.safetensors"):
+        assert digest(run / name) == digest(straight / name)
 
 
 if __name__ == "__main__":

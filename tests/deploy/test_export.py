@@ -408,7 +408,6 @@ def test_descriptions_that_are_damaged(nameless: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def example() -> SimpleNamespace:
-    """What examples/classify_onnx.py has."""
     return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 

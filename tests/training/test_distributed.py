@@ -84,7 +84,6 @@ def train_one(data: Path, name: str, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def single(data: Path) -> Path:
-    """A run of one process."""
     return train_one(data, "single")
 
 
@@ -115,17 +114,14 @@ def check_near(run: Path, single: Path, locate: Callable[..., Any] = every_image
         assert mine["learning_rate"] == other["learning_rate"]
         assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
     columns = ("step", "epoch", "validation_top1", "best")
-    figures = [
-        [[row[key] for key in columns] for row in results_of(folder)] for folder in (run, single)
-    ]
-    assert figures[0] == figures[1]
-    written = [
-        json.loads((folder / "validation/evaluation.json").read_text()) for folder in (run, single)
-    ]
+    rows = [[row[key] for key in columns] for row in results_of(run)]
+    assert rows == [[row[key] for key in columns] for row in results_of(single)]
+    both = (folder / "validation/evaluation.json" for folder in (run, single))
+    mine, other = (json.loads(path.read_text()) for path in both)
     for key in ("images", "top1", "confusion", "per_class", "bad_images"):
-        assert written[0][key] == written[1][key]
-    assert written[0]["images"] == 9
-    assert written[0]["loss"] == pytest.approx(written[1]["loss"], abs=1e-5)
+        assert mine[key] == other[key]
+    assert mine["images"] == 9
+    assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
 def test_ddp_with_a_balanced_sampler(data: Path):
@@ -151,19 +147,15 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
         acts = NOTING + (fault(signal.SIGTERM, last, rank) if last < 29 else "")
         text = tmp_path / f"part {number}"
         config = weighted(data, run, sharding="full" if sharding == "full" else "none")
-        processes = (
-            [start(config, text, acts)] if sharding == "one" else start_two(config, text, acts)
-        )
+        is_one = sharding == "one"
+        processes = [start(config, text, acts)] if is_one else start_two(config, text, acts)
         if last == 29:
             ended(processes, 0)
             continue
         said = ended(processes, *[143] * len(processes))
         assert f"stopped after step {last + 1} of 30" in said[0]
-        how = (
-            f"mixer train --resume {run}"
-            if sharding == "one"
-            else "the same torchrun command again"
-        )
+        again = "the same torchrun command again"
+        how = f"mixer train --resume {run}" if is_one else again
         assert f"to resume: {how}\n" in said[0]
         assert said[1:] in ([], [""], ["\nstopping: the run saves at the end of this step\n"])
         checkpoints = Checkpoints(run / "checkpoints", say=lambda line: pytest.fail(line))

@@ -76,9 +76,8 @@ def test_a_callback_ends_the_run_early(class_folder, tmp_path: Path):
             raise am.StopTraining
 
     recorder = Recorder(act)
-    result = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True, callbacks=[recorder]
-    )
+    config = tiny_config(str(class_folder), tmp_path / "run", epochs=9)
+    result = am.train(config, quiet=True, callbacks=[recorder])
     assert max(call[1] for call in recorder.calls if call[0] == "log") == 2  # steps done
     assert (tmp_path / "run/best/model.safetensors").is_file()
     again = am.resume(tmp_path / "run", quiet=True)  # it is finished
