@@ -18,6 +18,7 @@ from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
 from conftest import draw, encode, make_class_folder, tiny_model, tiny_run, turned
 from odd_images import arrow
+from runs import losses_of
 
 
 def damaged(folder: Path) -> dict[str, Path]:
@@ -45,14 +46,12 @@ def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     before = {path: path.read_bytes() for path in bad.values()}
     losses = []
     for number, workers in enumerate((0, 2)):
-        run = tiny_run(
-            data, tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
-        ).run_folder
+        changes = {"data__max_bad": 0.2, "data__num_workers": workers}
+        run = tiny_run(data, tmp_path / f"run{number}", **changes).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
         assert {Path(name).name for name in listed} == set(bad)
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        losses.append([line.split(",")[2] for line in lines])
+        losses.append(losses_of(run))
     assert losses[0] == losses[1]
     assert {path: path.read_bytes() for path in bad.values()} == before
     with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*max_bad 0.1"):

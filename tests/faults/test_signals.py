@@ -15,7 +15,6 @@ import pytest
 
 import allmlp as am
 from allmlp.training import train as loop
-from conftest import digest
 from runs import (
     DROPOUT,
     check_same,
@@ -25,7 +24,6 @@ from runs import (
     results_of,
     run_config,
     start,
-    steps_of,
     train,
     typed_settings,
     unix,
@@ -87,9 +85,7 @@ def test_the_command_itself(data: Path, long: Path, tmp_path: Path, number: int,
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
     assert re.search(r"resumed  after step \d+ of 150", out)
-    assert steps_of(run) == steps_of(long)
-    assert results_of(run) == results_of(long)
-    assert digest(run / "best/model.safetensors") == digest(long / "best/model.safetensors")
+    check_same(run, long)
 
 
 @pytest.mark.slow
@@ -104,9 +100,9 @@ def test_a_second_signal_ends_it_at_once(config, straight, tmp_path, number: int
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     assert process.poll() is None
     process.send(number)
-    assert process.wait(5.0) == code
-    assert process.said().splitlines()[-1] == "stopped immediately; resume from the last checkpoint"
-    assert steps_of(train(config)) == steps_of(straight)
+    (said,) = ended([process], code, seconds=5.0)
+    assert said.splitlines()[-1] == "stopped immediately; resume from the last checkpoint"
+    check_same(train(config), straight)
     assert "resumed  after step 12 of 30" in (tmp_path / "run" / "log.txt").read_text()
 
 
