@@ -134,15 +134,6 @@ def place(tmp_path: Path) -> Path:
     return studies.make_place(tmp_path)
 
 
-@pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    """Ends the processes of `runs` that a failed test has left."""
-    import runs
-
-    yield
-    runs.kill_what_is_left()
-
-
 TINY = {
     "patch_size": 4,
     "hidden_dim": 16,

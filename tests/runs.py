@@ -136,7 +136,7 @@ class Process:
     def poll(self) -> int | None:
         """Returns the exit code, minus the signal that ended it, or None while it runs."""
         if self.code is None:
-            self.code = _nursery().ask({"poll": self.pid})
+            self.code = _ask({"poll": self.pid})
         return self.code
 
     def wait(self, seconds: float = 60.0) -> int:
@@ -156,10 +156,12 @@ def start(
 ) -> Process:
     """Starts the command, as typed after `mixer`, which first runs `fault`, Python code with the
     names of this module; what it says goes to `text`."""
+    if _started and _started[-1].test != _test():
+        kill_what_is_left()
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
     text.touch()
     order = {"arguments": [str(word) for word in typed], "text": str(text), "fault": fault}
-    pid = _nursery().ask({**order, "environment": environment or {}})
+    pid = _ask({**order, "environment": environment or {}})
     _started.append(Process(pid, text, _test()))
     return _started[-1]
 
@@ -178,7 +180,7 @@ def said_by_all() -> str:
 
 
 def kill_what_is_left() -> None:
-    """Kills the groups of processes that a failed test has left running."""
+    """Kills the groups of processes that the test before has left running, if it failed."""
     for process in _started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -238,30 +240,22 @@ def until(true: Callable[[], object], seconds: float) -> None:
         time.sleep(0.005)
 
 
-class Nursery:
-    """The process that forks the commands."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
-
-    def ask(self, order: dict[str, Any]) -> Any:
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        kill_what_is_left()
-        self._process.kill()
-        self._process.communicate()
-
-
 @functools.cache
-def _nursery() -> Nursery:
-    nursery = Nursery()
-    atexit.register(nursery.close)
+def _nursery() -> subprocess.Popen[str]:
+    """The process that forks the commands."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    nursery = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+    for last in (nursery.communicate, nursery.kill, kill_what_is_left):  # the other way round
+        atexit.register(last)
     return nursery
+
+
+def _ask(order: dict[str, Any]) -> Any:
+    nursery = _nursery()
+    nursery.stdin.write(json.dumps(order) + "\n")
+    nursery.stdin.flush()
+    return json.loads(nursery.stdout.readline())
 
 
 def _fork_commands() -> None:

@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypat
 
 
 @pytest.fixture
-def typed(no_leftovers, model, album, tmp_path) -> list[object]:
+def typed(model, album, tmp_path) -> list[object]:
     """The command without its last word, the output."""
     saved, sizes = am.save_model(model, tmp_path / "model"), ["--part-size", 4, "--batch-size", 2]
     return ["predict", saved, album, *sizes, "--device", "cpu", "--output"]
