@@ -41,7 +41,7 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
         signs = [  # also on a machine that is faster than it was in the first life
             lambda end=end, most=before + 5: time.monotonic() > end or logged(run) > most,
             lambda more=more: logged(run) > more,
-            lambda: _partial(run),
+            lambda: [*run.glob("checkpoints/.*.partial")],
         ]
         sign = signs[life % 3 if life else 1]
         until(lambda p=process, sign=sign: sign() or p.poll() is not None, 60.0)
@@ -97,7 +97,8 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "first", fault)
     until(lambda: "waiting" in process.said(), 60.0)
-    workers = _children(process.pid)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    workers = [int(child) for child in children.split()]
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # or they might have ended before the next run asks
@@ -110,14 +111,6 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     for worker in workers:
         os.kill(worker, signal.SIGCONT)
     until(lambda: not any(map(_lives, workers)), 20.0)
-
-
-def _partial(run: Path) -> list[Path]:
-    return list(run.glob("checkpoints/.*.partial"))
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _lives(pid: int) -> bool:

@@ -31,7 +31,6 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
     result = am.train(config, quiet=True)
     log = (result.run_folder / "log.txt").read_text()
     assert "6 to validate (held out of the training images), none to test" in log
-    assert f"mixer evaluate {result.run_folder} --data {class_folder}:validation\n" in log
 
 
 def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
