@@ -6,6 +6,7 @@ the command itself.
 """
 
 import atexit
+import contextlib
 import csv
 import functools
 import itertools
@@ -191,7 +192,8 @@ def start_two(
     config: am.TrainConfig | list[object], text: Path, fault: str = "", size: int = 2
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    port = str(next(_free_ports()))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     ranks = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
     return [
         start(config, text.with_name(f"{text.name}.{own['RANK']}"), fault, own) for own in ranks
@@ -204,23 +206,15 @@ def ended(processes: list[Process], *codes: int, seconds: float = 60.0) -> list[
     return [process.said() for process in processes]
 
 
-def free_port() -> int:
-    return next(port for port in _ports() if _is_free(port))
-
-
 @functools.cache
-def _ports() -> Iterator[int]:
+def _free_ports() -> Iterator[int]:
     """Ports below those that the system gives to any program, other ones in each test process."""
     first = os.getpid() * 100  # neighbours of `pytest -n` have neighbouring numbers
-    return (20_000 + (first + number) % 10_000 for number in itertools.count())
-
-
-def _is_free(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
+    for number in itertools.count(first):
+        with contextlib.suppress(OSError):
+            port = 20_000 + number % 10_000
+            socket.create_server(("127.0.0.1", port)).close()
+            yield port
 
 
 def typed_settings(config: am.TrainConfig) -> list[object]:
