@@ -1,4 +1,4 @@
-"""The local endpoint: answers, limits, who may use it, one request at a time; and the command."""
+"""The local endpoint: answers, limits, who may use it, one request at a time; and a browser."""
 
 import asyncio
 import base64
@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 
 import allmlp as am
+from allmlp.data.sources import open_source
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.serve import Service
 from allmlp.inspection.attribution import occlusion, read_image
+from browser import PROGRAM, browser
 from conftest import draw, encode, mixer, refused, tiny_model
 from serving import running
 
@@ -420,3 +422,48 @@ def test_the_command_from_its_line_to_ctrl_c(weights, host):
     *warnings, last = err.splitlines()
     assert last == "stopped"
     assert [host in line for line in warnings] == ([] if host == "127.0.0.1" else [True])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_an_image_and_what_it_excites_in_a_browser(trained: am.TrainResult, tmp_path: Path):
+    digit = tmp_path / "digit.png"
+    digit.write_bytes(open_source("digits:test").read(0))
+    (expected,) = am.predict(trained.run_folder, digit)
+    with running(trained.run_folder) as port, browser(tmp_path / "profile") as page:
+        url = f"http://127.0.0.1:{port}"
+        page.open(url)
+        page.wait("document.querySelectorAll('#layer option').length > 1")
+        assert "10 classes · 8x8 pixels · float32" in page.text("#about")
+        page.choose("#file", digit)
+        page.wait("document.querySelectorAll('#classes li').length == 5")
+        names = page.run("[...document.querySelectorAll('#classes .name')].map(e => e.innerText)")
+        assert names == [name for name, _ in expected.classes]
+        assert page.text("#classes .value") == f"{100 * expected.classes[0][1]:.1f} %"
+        widths = page.run(
+            "[...document.querySelectorAll('.bar')].map(b => b.getBoundingClientRect().width)"
+        )
+        assert len(widths) == 5
+        assert widths == sorted(widths, reverse=True)
+        page.wait("document.querySelector('#occlusion .note').textContent.includes('falls')")
+        assert f"The probability of {expected.classes[0][0]}," in page.text("#occlusion .note")
+        shown = page.wait(
+            "[...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth)"
+            ".map(i => [i.id, i.alt])"
+        )
+        assert {"picture", "seen", "map"} <= {name for name, _ in shown}
+        assert len(shown) == 3 + 2 * 4 * 3  # layers, units, images of each
+        assert all(text for _, text in shown)
+        page.run(
+            "{const s = document.querySelector('#layer'); s.value = 2;"
+            " s.dispatchEvent(new Event('change'))}"
+        )
+        page.wait("document.querySelector('#layers h3').textContent.startsWith('Layer 2')")
+        assert page.run("document.querySelectorAll('#layers .unit').length") == 4
+        assert page.complaints() == []
+        asked = {address.removeprefix(url) for address in page.requests()}
+        pages = {"/", "/page.css", "/page.js", "/start.js"}
+        assert {*pages, "/model", "/predict", "/occlusion", "/units", "/units?layer=2"} <= asked
+        assert {
+            address for address in asked if not address.startswith(("/", "data:", "blob:"))
+        } == set()

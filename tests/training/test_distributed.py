@@ -25,6 +25,7 @@ from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
 from conftest import draw, files, make_data
 from runs import (
+    check_same,
     ended,
     losses_of,
     results_of,
@@ -224,7 +225,7 @@ def test_a_restart_reads_images_and_checkpoint_once(data: Path, double: Path, tm
     images, splits = 20 + 9, 2
     only = {"EncodedImage": images, "fingerprint": splits, "file_digest": state.stat().st_size}
     assert (first, second) == (only, {})
-    check_same_logs(run, double)
+    check_same(run, double)
 
 
 SHARING = """
@@ -303,11 +304,6 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     assert "Traceback" not in other.said()
 
 
-def check_same_logs(run: Path, other: Path) -> None:
-    assert steps_of(run) == steps_of(other)
-    assert results_of(run) == results_of(other)
-
-
 def test_torchrun_starts_both_again(data: Path, double: Path, tmp_path: Path):
     """`--max-restarts 1`: one process is killed once, and the run ends as if nothing had been."""
     config = weighted(data, tmp_path / "run", checkpoint_every=5, **PARTS)
@@ -336,7 +332,7 @@ if os.environ["RANK"] == "1":
     assert process.returncode == 0, said
     assert (tmp_path / "killed").exists()
     assert re.search(r"resumed  after step (10|15) of 30", said)
-    check_same_logs(tmp_path / "run", double)
+    check_same(tmp_path / "run", double)
 
 
 # An error of one process, and one of all
