@@ -159,8 +159,10 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("allmlp.io.os.fsync", full)
-        with pytest.raises(am.UserError, match="No space left"):
-            parts(model, album, tmp_path / "out")
+        for output in ("out", "one.csv"):
+            with pytest.raises(am.UserError, match="No space left"):
+                parts(model, album, tmp_path / output, part_size=None if "." in output else 8)
+    assert not list(tmp_path.glob("*one.csv*"))
     assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
     parts(model, album, tmp_path / "out")
     parts(model, album, tmp_path / "straight")
