@@ -118,21 +118,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("runs") / "data")
 
 
+@pytest.fixture(scope="module")
+def straight(data: Path) -> Path:
+    """A run of `runs` on these that nothing stopped."""
+    import runs
+
+    return runs.train(runs.run_config(data, data.parent / "straight", **runs.DROPOUT))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """The weights and data of `studies`."""
     import studies
 
     return studies.make_place(tmp_path)
-
-
-@pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    """Ends the processes of `runs` that a failed test has left."""
-    import runs
-
-    yield
-    runs.kill_what_is_left()
 
 
 TINY = {

@@ -6,6 +6,7 @@ the command itself.
 """
 
 import atexit
+import contextlib
 import csv
 import functools
 import itertools
@@ -99,13 +100,29 @@ def train(
     return folder
 
 
+def killed(act: Callable[[Callable[[], None]], object], instant: int) -> int:
+    """Lets a child `act`, which is killed in the call of this number, from 0 on, of the function
+    that it is given; returns how the child ended."""
+    if number := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    left = iter(range(instant))
+
+    def step() -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        act(step)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
 # The command in a process of its own
 
 
 @dataclass
 class Process:
-    """A command that runs, or has ended."""
-
     pid: int  # leads a session and a group of its own
     text: Path  # what it says, on both streams
     test: str  # that started it
@@ -120,11 +137,10 @@ class Process:
     def poll(self) -> int | None:
         """Returns the exit code, minus the signal that ended it, or None while it runs."""
         if self.code is None:
-            self.code = _nursery().ask({"poll": self.pid})
+            self.code = _ask({"poll": self.pid})
         return self.code
 
     def wait(self, seconds: float = 60.0) -> int:
-        """Returns the exit code."""
         until(lambda: self.poll() is not None, seconds)
         return self.code
 
@@ -141,10 +157,12 @@ def start(
 ) -> Process:
     """Starts the command, as typed after `mixer`, which first runs `fault`, Python code with the
     names of this module; what it says goes to `text`."""
+    if _started and _started[-1].test != _test():
+        kill_what_is_left()
     typed = arguments if isinstance(arguments, list) else typed_settings(arguments)
     text.touch()
     order = {"arguments": [str(word) for word in typed], "text": str(text), "fault": fault}
-    pid = _nursery().ask({**order, "environment": environment or {}})
+    pid = _ask({**order, "environment": environment or {}})
     _started.append(Process(pid, text, _test()))
     return _started[-1]
 
@@ -163,7 +181,7 @@ def said_by_all() -> str:
 
 
 def kill_what_is_left() -> None:
-    """Kills the groups of processes that a failed test has left running."""
+    """Kills the groups of processes that the test before has left running, if it failed."""
     for process in _started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -171,35 +189,32 @@ def kill_what_is_left() -> None:
 
 
 def start_two(
-    config: am.TrainConfig | list[object], text: Path, fault: str = "", **environment: str
+    config: am.TrainConfig | list[object], text: Path, fault: str = "", size: int = 2
 ) -> list[Process]:
     """Starts the command as rank 0 and 1, as torchrun would; the texts end in .0 and .1."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared = {"WORLD_SIZE": "2", **address, **environment}
-    ranks = ({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    port = str(next(_free_ports()))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    ranks = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
     return [
         start(config, text.with_name(f"{text.name}.{own['RANK']}"), fault, own) for own in ranks
     ]
 
 
-def free_port() -> int:
-    """Returns a port of this machine that is free."""
-    return next(port for port in _ports() if _is_free(port))
+def ended(processes: list[Process], *codes: int, seconds: float = 60.0) -> list[str]:
+    """Waits for the processes, which must end with these exit codes; returns what each said."""
+    assert [process.wait(seconds) for process in processes] == list(codes), said_by_all()
+    return [process.said() for process in processes]
 
 
 @functools.cache
-def _ports() -> Iterator[int]:
+def _free_ports() -> Iterator[int]:
     """Ports below those that the system gives to any program, other ones in each test process."""
     first = os.getpid() * 100  # neighbours of `pytest -n` have neighbouring numbers
-    return (20_000 + (first + number) % 10_000 for number in itertools.count())
-
-
-def _is_free(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
+    for number in itertools.count(first):
+        with contextlib.suppress(OSError):
+            port = 20_000 + number % 10_000
+            socket.create_server(("127.0.0.1", port)).close()
+            yield port
 
 
 def typed_settings(config: am.TrainConfig) -> list[object]:
@@ -219,35 +234,22 @@ def until(true: Callable[[], object], seconds: float) -> None:
         time.sleep(0.005)
 
 
-class Nursery:
-    """The process that forks the commands."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, order: dict[str, Any]) -> Any:
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        kill_what_is_left()
-        self._process.kill()
-        self._process.communicate()
-
-
 @functools.cache
-def _nursery() -> Nursery:
-    nursery = Nursery()
-    atexit.register(nursery.close)
+def _nursery() -> subprocess.Popen[str]:
+    """The process that forks the commands."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    nursery = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+    for last in (nursery.communicate, nursery.kill, kill_what_is_left):  # the other way round
+        atexit.register(last)
     return nursery
+
+
+def _ask(order: dict[str, Any]) -> Any:
+    nursery = _nursery()
+    nursery.stdin.write(json.dumps(order) + "\n")
+    nursery.stdin.flush()
+    return json.loads(nursery.stdout.readline())
 
 
 def _fork_commands() -> None:
@@ -315,13 +317,11 @@ def check_same(run: Path, straight: Path) -> None:
     assert len(losses_of(run)) == len(losses_of(straight))
     assert steps_of(run) == steps_of(straight)
     assert results_of(run) == results_of(straight)
-    states = [
-        sorted((folder / "checkpoints").glob("step-*/state.safetensors"))[-1]
-        for folder in (run, straight)
-    ]
-    assert states[0].parent.name == states[1].parent.name
-    assert digest(states[0]) == digest(states[1])
-    assert digest(run / "best/model.safetensors") == digest(straight / "best/model.safetensors")
+    states = "checkpoints/step-*/state.safetensors"
+    last, other = (max(p.parent.name for p in folder.glob(states)) for folder in (run, straight))
+    assert last == other
+    for name in (f"checkpoints/{last}/state.safetensors", "best/model.safetensors"):
+        assert digest(run / name) == digest(straight / name)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_real(capsys, tmp_path: Path):
 
 @unix
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(no_leftovers, model: Path, tmp_path: Path):
+def test_two_processes_give_the_figures_of_one(model: Path, tmp_path: Path):
     data = make_class_folder(tmp_path / "data", {"ant": 6, "bee": 8, "cat": 7})
     (data / "cat" / "3.png").write_bytes(b"x")
     typed = ["evaluate", model, "--data", data, "--batch-size", 4, "--device", "cpu"]

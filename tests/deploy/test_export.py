@@ -258,9 +258,8 @@ def test_mistakes_are_named_and_nothing_is_written(name: str, tmp_path: Path):
         (tmp_path / file).write_bytes(b"theirs")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     output, options, word = WRONG[name]
-    with pytest.raises(am.UserError) as caught:
+    with pytest.raises(am.UserError, match=re.escape(word)):
         am.export(tiny_model(), tmp_path / output, **options)
-    assert word in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
@@ -363,9 +362,8 @@ def test_files_that_are_not_opened(tmp_path: Path):
         ("m.xml", {"runtime": "tensorrt"}, "tensorrt"),
         ("there.onnx", {"num_threads": 10**6}, "1000000"),
     ):
-        with pytest.raises(am.UserError) as caught:
+        with pytest.raises(am.UserError, match=re.escape(word)):
             am.open_exported(tmp_path / name, **options)
-        assert word in str(caught.value)
     with pytest.raises(am.UserError, match="program"):
         am.predict(tmp_path / "m.pt2", "digits:test")
 
@@ -410,7 +408,6 @@ def test_descriptions_that_are_damaged(nameless: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def example() -> SimpleNamespace:
-    """What examples/classify_onnx.py has."""
     return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 

@@ -1,12 +1,11 @@
 """The exported web page: in Chromium against `mixer predict`, and without a network."""
 
+import gzip
 import hashlib
-import io
 import json
 import os
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from allmlp.data.transforms import model_input
 from allmlp.deploy import browser as web
 from allmlp.models.layers import preprocessing_of
 from browser import PROGRAM, Browser, browser
-from conftest import encode, mixer, tiny_model, turned, user_error
+from conftest import encode, mixer, tiny_model, turned, user_error, write_tar
 from odd_images import png16
 from web_server import Behaviour, serve, static
 
@@ -31,14 +30,9 @@ pytest.importorskip("onnxscript", reason="pip install 'allmlp[export]'")
 PACKAGE = f"onnxruntime-web-{web.VERSION}.tgz"
 
 
-def small_package() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as package:
-        for name in web.RUNTIME:
-            member = tarfile.TarInfo(f"package/dist/{name}")
-            member.size = len(name)
-            package.addfile(member, io.BytesIO(name.encode()))
-    return file.getvalue()
+def small_package(folder: Path) -> bytes:
+    members = ((f"package/dist/{name}", name.encode()) for name in web.RUNTIME)
+    return gzip.compress(write_tar(folder / "package.tar", members).read_bytes())
 
 
 def test_without_a_network_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -49,37 +43,30 @@ def test_without_a_network_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.
     assert PACKAGE in str(caught.value.fix)  # where to put it
     assert not list(tmp_path.iterdir())
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with serve(Behaviour(small_package())) as url:  # not the published bytes
+    with serve(Behaviour(small_package(tmp_path))) as url:  # not the published bytes
         monkeypatch.setenv("NPM_CONFIG_REGISTRY", url)
-        with pytest.raises(am.UserError) as caught:
+        with user_error("changed"):
             am.export(tiny_model(), tmp_path / "page")
-    assert caught.value.code == "changed"
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "page.v2"])
 @pytest.mark.parametrize("name", ["index.html", "model.onnx"])
-def test_files_of_the_folder_are_not_replaced(tmp_path: Path, name: str):
-    page = tmp_path / "page.v2"
-    page.mkdir()
-    (page / name).write_bytes(b"theirs")
-    with pytest.raises(am.UserError) as caught:
-        am.export(tiny_model(), f"{page}/")
-    assert (caught.value.code, caught.value.where) == ("exists", str(page / name))
-    assert [path.name for path in page.iterdir()] == [name]
-
-
-def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_of_the_folder_are_not_replaced(tmp_path: Path, monkeypatch, folder: str, name: str):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "index.html").touch()
-    with pytest.raises(am.UserError) as caught:
-        am.export(tiny_model(), ".")
-    assert (caught.value.code, caught.value.where) == ("exists", str(tmp_path / "index.html"))
+    page = tmp_path / folder
+    page.mkdir(exist_ok=True)
+    (page / name).write_bytes(b"theirs")
+    with user_error("exists") as caught:
+        am.export(tiny_model(), "." if folder == "." else f"{page}/")
+    assert caught.value.where == str(page / name)
+    assert [path.name for path in page.iterdir()] == [name]
 
 
 @pytest.mark.slow
 def test_a_folder_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """With an own runtime; the file inside is that of every other command."""
-    content = small_package()
+    content = small_package(tmp_path)
     monkeypatch.setattr(web, "SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("MIXER_CACHE", str(tmp_path / "cache"))
     model = tiny_model([f"é{at}" for at in range(7)])

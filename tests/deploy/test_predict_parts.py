@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import allmlp as am
 from allmlp.data.source import EncodedImages, PackedBytes, Source, subset, unlabelled
 from allmlp.deploy.predict import PredictOptions, write_predictions
 from allmlp.preprocessing import Preprocessing
 from conftest import draw, encode, make_class_folder, tiny_model, user_error
-from runs import start, start_two, unix
+from runs import ended, start, start_two, unix
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+SQUASHED = Preprocessing(image_size=(8, 8), resize="squash")
 
 
 @pytest.fixture
@@ -77,25 +80,13 @@ def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, bat
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
 
 
-def _other_weights(model, _):
-    next(model.parameters()).data.mul_(1.5)
-
-
-def _other_names(model, _):
-    model.class_names = list(reversed(NAMES))
-
-
-def _other_input(model, _):
-    model.preprocessing = Preprocessing(image_size=(8, 8), resize="squash")
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda *_: {"model": tiny_model(NAMES, channels_mlp_dim=64)}, "model"),
-        (_other_weights, "model"),
-        (_other_names, "class names"),
-        (_other_input, "preprocessing"),
+        (lambda model, _: setattr(model.head, "bias", nn.Parameter(torch.ones(7))), "model"),
+        (lambda model, _: setattr(model, "class_names", NAMES[::-1]), "class names"),
+        (lambda model, _: setattr(model, "preprocessing", SQUASHED), "preprocessing"),
         (lambda _, album: draw(77).save(album / "x" / "3.png"), "images"),
         (lambda _, album: draw(77).save(album / "x" / "new.png"), "number was 20 and is now 21"),
         (lambda *_: {"top_k": 3}, "top_k was 2 and is now 3"),
@@ -154,6 +145,8 @@ def test_folders_that_cannot_be(model, album, tmp_path):
     ):
         with pytest.raises(am.UserError, match=word):
             parts(model, album, folder)
+    with user_error("conflict"):
+        parts(model, album, tmp_path / "out", overwrite=True)
 
 
 def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeypatch):
@@ -166,8 +159,10 @@ def test_a_full_disk_leaves_nothing_half_written(model, album, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("allmlp.io.os.fsync", full)
-        with pytest.raises(am.UserError, match="No space left"):
-            parts(model, album, tmp_path / "out")
+        for output in ("out", "one.csv"):
+            with pytest.raises(am.UserError, match="No space left"):
+                parts(model, album, tmp_path / output, part_size=None if "." in output else 8)
+    assert not list(tmp_path.glob("*one.csv*"))
     assert sorted(contents(tmp_path / "out")) == ["bad-00000-of-00003.csv"]
     parts(model, album, tmp_path / "out")
     parts(model, album, tmp_path / "straight")
@@ -209,8 +204,10 @@ def test_memory_does_not_grow_with_the_images(model, tmp_path, suffix, monkeypat
 
 
 @pytest.fixture
-def saved(model, tmp_path) -> Path:
-    return am.save_model(model, tmp_path / "model")
+def typed(model, album, tmp_path) -> list[object]:
+    """The command without its last word, the output."""
+    saved, sizes = am.save_model(model, tmp_path / "model"), ["--part-size", 4, "--batch-size", 2]
+    return ["predict", saved, album, *sizes, "--device", "cpu", "--output"]
 
 
 # Ends before the batch of a number; `rows` is where the batches come from.
@@ -228,35 +225,28 @@ patch.setattr(parts, "predict_rows", rows)
 
 @unix
 @pytest.mark.slow
-def test_killed_and_started_again(no_leftovers, saved, album, tmp_path):
-    typed = ["predict", saved, album, "--part-size", 8, "--batch-size", 4, "--device", "cpu"]
-    straight = start([*typed, "--output", tmp_path / "straight"], tmp_path / "text")
-    assert straight.wait() == 3, straight.said()
-    typed += ["--output", tmp_path / "out"]
+def test_killed_and_started_again(typed, tmp_path):
+    ended([start([*typed, tmp_path / "straight"], tmp_path / "text")], 3)
+    typed.append(tmp_path / "out")
     for number, there in ((0, 0), (3, 1), (1, 1), (2, 2)):
-        killed = start(typed, tmp_path / "killed", KILLED.format(number=number))
-        assert killed.wait() == -9, killed.said()
+        ended([start(typed, tmp_path / "killed", KILLED.format(number=number))], -9)
         assert len(list((tmp_path / "out").glob("part-*"))) == there, number
-    again = start(typed, tmp_path / "again")
-    assert again.wait() == 3, again.said()
-    assert "2 of 3 are there already" in again.said()
-    assert "6_bad.png: the file is not an image" in again.said()  # found by another process
+    (said,) = ended([start(typed, tmp_path / "again")], 3)
+    assert "2 of 5 are there already" in said
+    assert "6_bad.png: the file is not an image" in said  # found by another process
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 @unix
 @pytest.mark.slow
-def test_two_processes_give_the_rows_of_one(no_leftovers, saved, album, tmp_path):
-    typed = ["predict", saved, album, "--part-size", 4, "--batch-size", 2, "--device", "cpu"]
-    one = start([*typed, "--output", tmp_path / "one"], tmp_path / "text")
-    assert one.wait() == 3, one.said()
-    first, second = start_two([*typed, "--output", tmp_path / "two"], tmp_path / "said")
-    assert (first.wait(), second.wait()) == (3, 0), first.said() + second.said()
+def test_two_processes_give_the_rows_of_one(typed, tmp_path):
+    ended([start([*typed, tmp_path / "one"], tmp_path / "text")], 3)
+    first, second = ended(start_two([*typed, tmp_path / "two"], tmp_path / "said"), 3, 0)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("part-*-of-00005.csv"))) == 5
-    assert second.said() == ""
-    assert "6_bad.png: the file is not an image" in first.said()
-    assert "5 parts, 20 images" in first.said()
+    assert second == ""
+    assert "6_bad.png: the file is not an image" in first
+    assert "5 parts, 20 images" in first
     manifests = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "two")]
     for manifest in manifests:
         del manifest["about"]
@@ -265,9 +255,8 @@ def test_two_processes_give_the_rows_of_one(no_leftovers, saved, album, tmp_path
 
 @unix
 @pytest.mark.slow
-def test_one_of_two_fails_and_both_resume_later(no_leftovers, saved, album, tmp_path):
-    typed = ["predict", saved, album, "--part-size", 4, "--batch-size", 2, "--device", "cpu"]
-    typed += ["--output", tmp_path / "out"]
+def test_one_of_two_fails_and_both_resume_later(typed, tmp_path):
+    typed.append(tmp_path / "out")
     fault = """
 if os.environ["RANK"] == "1":
     from allmlp.deploy import parts
@@ -275,18 +264,11 @@ if os.environ["RANK"] == "1":
         raise am.UserError("cannot write the predictions: No space left on device")
     patch.setattr(parts, "write_table", full)
 """
-    first, second = start_two(typed, tmp_path / "said", fault)
-    assert (first.wait(), second.wait()) == (2, 2), first.said() + second.said()
-    assert "rank 1: cannot write the predictions: No space left on device" in second.said()
-    assert "error: " not in first.said()  # the cause alone is printed
+    first, second = ended(start_two(typed, tmp_path / "said", fault), 2, 2)
+    assert "rank 1: cannot write the predictions: No space left on device" in second
+    assert "error: " not in first  # the cause alone is printed
     assert len(contents(tmp_path / "out")) == 3  # those of rank 0
-    one = start(typed, tmp_path / "text")
-    assert one.wait() == 3, one.said()
+    ended([start(typed, tmp_path / "text")], 3)
     found = contents(tmp_path / "out")
     assert len(found.pop("bad-00001-of-00005.csv").splitlines()) == 2
     assert len([row for data in found.values() for row in data.splitlines()[1:]]) == 20
-
-
-def test_parts_are_not_overwritten(model, album, tmp_path):
-    with user_error("conflict"):
-        parts(model, album, tmp_path / "out", overwrite=True)

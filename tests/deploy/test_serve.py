@@ -1,4 +1,4 @@
-"""The local endpoint: answers, limits, who may use it, one request at a time; and the command."""
+"""The local endpoint: answers, limits, who may use it, one request at a time; and a browser."""
 
 import asyncio
 import base64
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 
 import allmlp as am
+from allmlp.data.sources import open_source
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.serve import Service
 from allmlp.inspection.attribution import occlusion, read_image
+from browser import PROGRAM, browser
 from conftest import draw, encode, mixer, refused, tiny_model
 from serving import running
 
@@ -269,6 +271,17 @@ def test_one_at_a_time_and_not_too_many(service, monkeypatch):
     assert codes == [200, 200]
 
 
+def sent_to(service: Service, receive: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What a client of the request SCOPE is sent."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
+    return sent
+
+
 def test_a_request_whose_client_has_gone_is_given_up(service, monkeypatch):
     ended = threading.Event()
 
@@ -287,27 +300,20 @@ def test_a_request_whose_client_has_gone_is_given_up(service, monkeypatch):
     async def receive() -> dict[str, object]:
         return messages.pop(0)
 
-    async def send(_: object) -> None:
-        pass
-
-    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
+    sent_to(service, receive)
     assert ended.is_set()
 
 
 def test_a_client_that_never_ends_its_request(service, monkeypatch):
     monkeypatch.setattr("allmlp.deploy.web._SECONDS_TO_SEND", 0.05)
-    sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, object]:
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    async def send(message: dict[str, object]) -> None:
-        sent.append(message)
-
-    asyncio.run(make_app(service, HOSTS)(SCOPE, receive, send))
-    assert sent[0]["status"] == 408
-    assert b"0.05 seconds" in sent[1]["body"]
+    head, body = sent_to(service, receive)
+    assert head["status"] == 408
+    assert b"0.05 seconds" in body["body"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", GET + b"GET /he"])
@@ -335,7 +341,7 @@ def test_names_that_are_not_text_and_values_that_are_not_finite(service):
     torch.nn.init.constant_(service.model.head.bias, float("nan"))
     with connected(service) as client:
         (row,) = client.post("/predict", files=form(PNG)).json()
-        assert "not finite" in row["error"]
+        assert (row["classes"], "not finite" in row["error"]) == ([], True)
         assert client.post("/occlusion", files=form(PNG)).status_code == 422
 
 
@@ -416,3 +422,48 @@ def test_the_command_from_its_line_to_ctrl_c(weights, host):
     *warnings, last = err.splitlines()
     assert last == "stopped"
     assert [host in line for line in warnings] == ([] if host == "127.0.0.1" else [True])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_an_image_and_what_it_excites_in_a_browser(trained: am.TrainResult, tmp_path: Path):
+    digit = tmp_path / "digit.png"
+    digit.write_bytes(open_source("digits:test").read(0))
+    (expected,) = am.predict(trained.run_folder, digit)
+    with running(trained.run_folder) as port, browser(tmp_path / "profile") as page:
+        url = f"http://127.0.0.1:{port}"
+        page.open(url)
+        page.wait("document.querySelectorAll('#layer option').length > 1")
+        assert "10 classes · 8x8 pixels · float32" in page.text("#about")
+        page.choose("#file", digit)
+        page.wait("document.querySelectorAll('#classes li').length == 5")
+        names = page.run("[...document.querySelectorAll('#classes .name')].map(e => e.innerText)")
+        assert names == [name for name, _ in expected.classes]
+        assert page.text("#classes .value") == f"{100 * expected.classes[0][1]:.1f} %"
+        widths = page.run(
+            "[...document.querySelectorAll('.bar')].map(b => b.getBoundingClientRect().width)"
+        )
+        assert len(widths) == 5
+        assert widths == sorted(widths, reverse=True)
+        page.wait("document.querySelector('#occlusion .note').textContent.includes('falls')")
+        assert f"The probability of {expected.classes[0][0]}," in page.text("#occlusion .note")
+        shown = page.wait(
+            "[...document.images].filter(i => i.naturalWidth > 0 && i.offsetWidth)"
+            ".map(i => [i.id, i.alt])"
+        )
+        assert {"picture", "seen", "map"} <= {name for name, _ in shown}
+        assert len(shown) == 3 + 2 * 4 * 3  # layers, units, images of each
+        assert all(text for _, text in shown)
+        page.run(
+            "{const s = document.querySelector('#layer'); s.value = 2;"
+            " s.dispatchEvent(new Event('change'))}"
+        )
+        page.wait("document.querySelector('#layers h3').textContent.startsWith('Layer 2')")
+        assert page.run("document.querySelectorAll('#layers .unit').length") == 4
+        assert page.complaints() == []
+        asked = {address.removeprefix(url) for address in page.requests()}
+        pages = {"/", "/page.css", "/page.js", "/start.js"}
+        assert {*pages, "/model", "/predict", "/occlusion", "/units", "/units?layer=2"} <= asked
+        assert {
+            address for address in asked if not address.startswith(("/", "data:", "blob:"))
+        } == set()

@@ -103,11 +103,9 @@ def test_another_run_is_there(old, capsys):
 def test_a_config_that_is_not_ours(tmp_path, capsys, change, message):
     run = tmp_path / "run"
     run.mkdir()
-    values = run_config(tmp_path / "data", run).to_json()
-    text = change if isinstance(change, str) else json.dumps(change)
-    (run / "config.json").write_text(
-        json.dumps({**values, **change}) if isinstance(change, dict) else text
-    )
+    if isinstance(change, dict):
+        change = {**run_config(tmp_path / "data", run).to_json(), **change}
+    (run / "config.json").write_text(change if change == "{" else json.dumps(change))
     text = refused(capsys, tmp_path, "train", "--resume", run)
     assert re.search(message, text.splitlines()[0]), text
     assert f"where: {run / 'config.json'}" in text

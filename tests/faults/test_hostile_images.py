@@ -18,43 +18,34 @@ from allmlp.training.config import AugmentSettings, NoCrop
 from allmlp.training.dataset import Augmentation
 from conftest import draw, encode, make_class_folder, tiny_model, tiny_run, turned
 from odd_images import arrow
+from runs import losses_of
 
-
-def damaged(folder: Path) -> dict[str, Path]:
-    """One file of each kind of damage, named as images."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    files = {
-        "cut.jpg": encode(draw(1, (200, 200)), "JPEG")[:-900],
-        "empty.jpg": b"",
-        "page.jpg": b"<!doctype html><html><title>404 Not Found</title></html>",
-        "noise.png": random.bytes(2000),
-        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
-    }
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return {name: folder / name for name in files}
+DAMAGED = {
+    "cut.jpg": encode(draw(1, (200, 200)), "JPEG")[:-900],
+    "empty.jpg": b"",
+    "page.jpg": b"<!doctype html><html><title>404 Not Found</title></html>",
+    "noise.png": np.random.default_rng(0).bytes(2000),
+    "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+}
 
 
 def test_bad_images_are_replaced_counted_and_listed_and_left_alone(tmp_path):
     """The same replacements on every way through the data, with and without workers."""
     data = make_class_folder(tmp_path / "data", {"a": 40, "b": 40})
-    bad = damaged(data / "a")
+    for name, content in DAMAGED.items():
+        (data / "a" / name).write_bytes(content)
     (data / "a" / "folder.jpg").mkdir()
     (data / "a" / "pixel.png").write_bytes(encode(Image.new("RGB", (1, 1))))
-    before = {path: path.read_bytes() for path in bad.values()}
     losses = []
     for number, workers in enumerate((0, 2)):
-        run = tiny_run(
-            data, tmp_path / f"run{number}", data__max_bad=0.2, data__num_workers=workers
-        ).run_folder
+        changes = {"data__max_bad": 0.2, "data__num_workers": workers}
+        run = tiny_run(data, tmp_path / f"run{number}", **changes).run_folder
         listed = [line.split("\t")[0] for line in (run / "bad_files.txt").read_text().splitlines()]
         assert len(listed) == len(set(listed))
-        assert {Path(name).name for name in listed} == set(bad)
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        losses.append([line.split(",")[2] for line in lines])
+        assert {Path(name).name for name in listed} == set(DAMAGED)
+        losses.append(losses_of(run))
     assert losses[0] == losses[1]
-    assert {path: path.read_bytes() for path in bad.values()} == before
+    assert {name: (data / "a" / name).read_bytes() for name in DAMAGED} == DAMAGED
     with pytest.raises(UserError, match=r"of 77 images cannot be decoded[\s\S]*max_bad 0.1"):
         tiny_run(data, tmp_path / "strict", data__max_bad=0.0)
     assert not (tmp_path / "strict").exists()

@@ -122,9 +122,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "cut.safetensors": lambda: safe()[:-50],
     "huge_header.safetensors": lambda: b"\xff" * 6 + bytes(2) + safe()[8:],
     "huge_claim.safetensors": huge_claim,
-    "integers.safetensors": lambda: safe(
-        {"stem.weight": torch.zeros(16, 3, 4, 4, dtype=torch.int64)}
-    ),
+    "integers.safetensors": lambda: safe({"stem.weight": torch.zeros(16, 3, 4, 4).long()}),
     "other.zip": lambda: archive({"readme.txt": b"hello"}),
     "empty.npz": lambda: b"",
     "empty.safetensors": lambda: b"",

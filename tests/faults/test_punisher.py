@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from runs import DROPOUT, check_same, logged, losses_of, run_config, start, train, unix, until
+from runs import (
+    DROPOUT,
+    check_same,
+    ended,
+    logged,
+    losses_of,
+    run_config,
+    start,
+    train,
+    unix,
+    until,
+)
 
 pytestmark = unix
 
@@ -30,7 +41,7 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
         signs = [  # also on a machine that is faster than it was in the first life
             lambda end=end, most=before + 5: time.monotonic() > end or logged(run) > most,
             lambda more=more: logged(run) > more,
-            lambda: _partial(run),
+            lambda: [*run.glob("checkpoints/.*.partial")],
         ]
         sign = signs[life % 3 if life else 1]
         until(lambda p=process, sign=sign: sign() or p.poll() is not None, 60.0)
@@ -39,8 +50,7 @@ def test_thirty_kills_change_nothing(data: Path, tmp_path: Path):
         if process.poll() is None:
             killed += process.kill() == -signal.SIGKILL
         assert "error" not in process.said(), process.said()
-    process = start(config, tmp_path / "last")
-    assert process.wait() == 0, process.said()
+    ended([start(config, tmp_path / "last")], 0)
     assert killed >= KILLS - 5
     starts = re.findall(r"resumed  after step (\d+)", (run / "log.txt").read_text())
     assert len(set(starts)) >= 5  # it was killed here and there
@@ -61,24 +71,22 @@ before_step(patch, 16, wait)
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_an_error(data: Path, tmp_path: Path):
+def test_a_second_run_in_the_folder_is_an_error(data: Path, straight: Path, tmp_path: Path):
     """With exit code 2, while the first goes on unharmed."""
-    straight = train(run_config(data, tmp_path / "straight"))
-    config = run_config(data, tmp_path / "run")
+    config = run_config(data, tmp_path / "run", **DROPOUT)
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     first = start(config, tmp_path / "first", fault)
     until(lambda: "waiting" in first.said(), 60.0)
     second = start(config, tmp_path / "second")
     third = start(["train", "--resume", tmp_path / "run"], tmp_path / "third")
-    for process in (second, third):
-        assert process.wait() == 2
-        assert process.said() == (
+    for said in ended([second, third], 2, 2):
+        assert said == (
             "error: another process is training in this run folder\n"
             f"where: {tmp_path / 'run'}\n"
             "to fix: Wait for it or stop it; or choose another output folder\n"
         )
     (tmp_path / "go").touch()
-    assert first.wait() == 0, first.said()
+    ended([first], 0)
     check_same(tmp_path / "run", straight)
 
 
@@ -89,7 +97,8 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     fault = WAITING.replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "first", fault)
     until(lambda: "waiting" in process.said(), 60.0)
-    workers = _children(process.pid)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    workers = [int(child) for child in children.split()]
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # or they might have ended before the next run asks
@@ -98,18 +107,10 @@ def test_a_killed_run_leaves_no_lock(data: Path, tmp_path: Path):
     again = start(config, tmp_path / "again")
     until(lambda: "resumed  after step" in again.said() or again.poll(), 30.0)
     assert all(map(_lives, workers))
-    assert again.wait() == 0, again.said()
+    ended([again], 0)
     for worker in workers:
         os.kill(worker, signal.SIGCONT)
     until(lambda: not any(map(_lives, workers)), 20.0)
-
-
-def _partial(run: Path) -> list[Path]:
-    return list(run.glob("checkpoints/.*.partial"))
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _lives(pid: int) -> bool:

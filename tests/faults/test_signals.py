@@ -6,21 +6,24 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import allmlp as am
 from allmlp.training import train as loop
-from conftest import digest
 from runs import (
     DROPOUT,
     check_same,
+    ended,
     logged,
     losses_of,
     results_of,
     run_config,
     start,
-    steps_of,
     train,
     typed_settings,
     unix,
@@ -33,9 +36,9 @@ MIXER = Path(sys.executable).with_name("mixer")
 LONG = {**DROPOUT, "steps": 150, "evaluate_every": 50, "data__num_workers": 2}
 
 
-@pytest.fixture(scope="module")
-def straight(data: Path) -> Path:
-    return train(run_config(data, data.parent / "straight"))
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> am.TrainConfig:
+    return run_config(data, tmp_path / "run", **DROPOUT)
 
 
 @pytest.fixture(scope="module")
@@ -44,62 +47,51 @@ def long(data: Path) -> Path:
     return train(run_config(data, data.parent / "long", **LONG))
 
 
-def popen(command: str) -> subprocess.Popen[str]:
-    """Starts a command as a terminal does, at the head of a group of processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command,
-        shell=True,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-        env=environment,
-    )
-
-
-@pytest.mark.slow
-def test_the_command_itself(data: Path, long: Path, tmp_path: Path):
-    """Sent to the whole group, as a terminal and a cluster do: the loader workers get it too."""
-    stops = {tmp_path / "term": (signal.SIGTERM, 143), tmp_path / "int": (signal.SIGINT, 130)}
-    running: list[subprocess.Popen[str]] = []
-    printed: list[str] = []
-    try:
-        for run in stops:
-            words = [MIXER, *typed_settings(run_config(data, run, **LONG))]
-            running.append(popen(f"exec {shlex.join(map(str, words))}"))
-        waiting = dict(zip(stops, running, strict=True))
-        while waiting:
-            until(lambda: any(logged(run) > 2 for run in waiting), 60.0)
-            run = next(run for run in waiting if logged(run) > 2)
-            os.killpg(waiting.pop(run).pid, stops[run][0])
-        for process, (run, (_, code)) in zip(running, stops.items(), strict=True):
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == code, out + err
-            assert err.count("stopping: the run saves at the end of this step") == 1
-            assert "Traceback" not in out + err
-            done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
-            assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
-            assert done < 145
-            printed += re.findall(r"to resume: (.+)", out)
-        running = [popen(command) for command in printed]
-        for process, run in zip(running, stops, strict=True):
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == 0, out + err
-            assert re.search(r"resumed  after step \d+ of 150", out)
-            assert steps_of(run) == steps_of(long)
-            assert results_of(run) == results_of(long)
-            assert digest(run / "best/model.safetensors") == digest(long / "best/model.safetensors")
-    finally:
-        for process in running:
+@contextmanager
+def running(command: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a command as a terminal does, at the head of a group of processes."""
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    streams: Any = {"stdout": pipe, "stderr": pipe, "text": True}
+    with subprocess.Popen(
+        command, shell=True, start_new_session=True, env=environment, **streams
+    ) as process:
+        try:
+            yield process
+        finally:
             process.kill()
 
 
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, code: int):
-    config = run_config(data, tmp_path / "run", checkpoint_every=6)
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_the_command_itself(data: Path, long: Path, tmp_path: Path, number: int, code: int):
+    """Sent to the whole group, as a terminal and a cluster do: the loader workers get it too."""
+    run = tmp_path / "run"
+    words = [MIXER, *typed_settings(run_config(data, run, **LONG))]
+    with running(f"exec {shlex.join(map(str, words))}") as process:
+        until(lambda: logged(run) > 2, 60.0)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert err.count("stopping: the run saves at the end of this step") == 1
+    assert "Traceback" not in out + err
+    done = int(re.findall(r"stopped after step (\d+) of 150", out)[0])
+    assert (run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+    assert done < 145
+    (printed,) = re.findall(r"to resume: (.+)", out)
+    with running(printed) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert re.search(r"resumed  after step \d+ of 150", out)
+    check_same(run, long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_a_second_signal_ends_it_at_once(config, straight, tmp_path, number: int, code: int):
+    config = config.with_value("checkpoint_every", 6)
     wait = "before_step(patch, 16, lambda _: (print('waits', flush=True), time.sleep(600)))"
     process = start(config, tmp_path / "said", wait)
     saved = tmp_path / "run" / "checkpoints" / "step-00000012"
@@ -108,16 +100,16 @@ def test_a_second_signal_ends_it_at_once(data, straight, tmp_path, number: int, 
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     assert process.poll() is None
     process.send(number)
-    assert process.wait(5.0) == code
-    assert process.said().splitlines()[-1] == "stopped immediately; resume from the last checkpoint"
-    assert steps_of(train(config)) == steps_of(straight)
+    (said,) = ended([process], code, seconds=5.0)
+    assert said.splitlines()[-1] == "stopped immediately; resume from the last checkpoint"
+    check_same(train(config), straight)
     assert "resumed  after step 12 of 30" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
-def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path):
+def test_torchrun_passes_on_a_signal_that_came_already(config, straight, tmp_path):
     """Ctrl-C reaches the whole group, and torchrun sends it once more: that is one request."""
-    config, proceed = run_config(data, tmp_path / "run"), tmp_path / "proceed"
+    proceed = tmp_path / "proceed"
     wait = f"until(Path({str(proceed)!r}).exists, 30.0)"
     fault = f"before_step(patch, 16, lambda _: (print('waits', flush=True), {wait}))"
     process = start(config, tmp_path / "said", fault, {"TORCHELASTIC_RUN_ID": "none"})
@@ -126,20 +118,19 @@ def test_torchrun_passes_on_a_signal_that_came_already(data, straight, tmp_path)
     until(lambda: "stopping: the run saves" in process.said(), 10.0)
     process.send(signal.SIGTERM)
     proceed.touch()
-    assert process.wait() == 130
-    assert "stopped immediately" not in process.said()
-    assert "stopped after step 17 of 30" in process.said()
+    (said,) = ended([process], 130)
+    assert "stopped immediately" not in said
+    assert "stopped after step 17 of 30" in said
     check_same(train(config), straight)
 
 
-def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
+def test_in_the_middle_of_an_evaluation(config, straight, tmp_path, monkeypatch):
     measure = loop.measure
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return measure(*arguments)
 
-    config = run_config(data, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "measure", interrupted)
         with pytest.raises(SystemExit) as end:
@@ -150,20 +141,18 @@ def test_in_the_middle_of_an_evaluation(data, straight, tmp_path, monkeypatch):
     check_same(train(config), straight)
 
 
-def test_the_callers_handlers_come_back(data, tmp_path):
+def test_the_callers_handlers_come_back(config):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    train(run_config(data, tmp_path / "run"), stop_after=2)
+    train(config, stop_after=2)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_plots_are_drawn(data, straight, tmp_path):
+def test_ctrl_c_while_the_plots_are_drawn(config, straight, tmp_path):
     """The training is done then, and the same command measures and draws."""
-    config = run_config(data, tmp_path / "run")
     # The signal may reach another thread first: the sleep is where it then arrives.
     stop = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(10))"
     fault = f"patch.setattr('allmlp.training.report.load_model', lambda _: {stop})"
-    process = start(config, tmp_path / "said", fault)
-    assert process.wait() == 130
-    assert process.said().splitlines()[-1] == "stopped"
+    (said,) = ended([start(config, tmp_path / "said", fault)], 130)
+    assert said.splitlines()[-1] == "stopped"
     check_same(train(config), straight)

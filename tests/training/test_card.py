@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,7 @@ def test_the_code_works_where_the_folder_is(capsys, trained, tmp_path, monkeypat
     folder = trained.run_folder / "best"
     card = (folder / "README.md").read_text()
     assert str(trained.run_folder) not in card
-    moved = tmp_path / "given away"
-    moved.mkdir()
-    for path in folder.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
+    moved = shutil.copytree(folder, tmp_path / "given away")
     draw(0).save(moved / "photo.jpg")
     monkeypatch.chdir(moved)
     [code] = re.findall(r"```python\n(.+?)```", card, flags=re.DOTALL)

@@ -1,6 +1,5 @@
 """The state of a run on disk: bit for bit, in the background, only the newest kept; and kills, full
-disks and damage, after which what is found is whole, and no older than was promised.
-"""
+disks and damage, after which what is found is whole, and no older than was promised."""
 
 import errno
 import io
@@ -14,19 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from allmlp.errors import UserError
 from allmlp.training import checkpoint as module
-from allmlp.training.checkpoint import (
-    MANIFEST,
-    STATE,
-    Checkpoint,
-    Checkpoints,
-    verify,
-    write_manifest,
-)
+from allmlp.training.checkpoint import MANIFEST, STATE, Checkpoint, Checkpoints, verify
+from conftest import user_error
 from runs import unix
 
 
@@ -54,13 +47,8 @@ def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
-def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    return {
-        name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        if tensor.numel()
-        else b""
-        for name, tensor in tensors.items()
-    }
+def bits(tensors: dict[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
 def names(folder: Path) -> list[str]:
@@ -194,17 +182,16 @@ def test_the_same_step_again_replaces_only_a_damaged_one(tmp_path: Path):
 def test_tensors_of_another_model_are_named_and_not_loaded(tmp_path: Path):
     checkpoints = saved(tmp_path, 1)
     found, good = checkpoints.newest(), blank(state(1))
-    changes: list[dict[str, Tensor]] = [
-        {"tail.weight": torch.zeros(2)},
-        {"order": torch.zeros(8, dtype=torch.int64)},
-        {"head.bias": torch.zeros(8)},
-        {"optimizer.step": torch.zeros(1)},
-    ]
-    for change in changes:
-        tensors = {**good, **change}
-        with pytest.raises(UserError) as error:
+    changes = {
+        "tail.weight": torch.zeros(2),
+        "order": torch.zeros(8, dtype=torch.int64),
+        "head.bias": torch.zeros(8),
+        "optimizer.step": torch.zeros(1),
+    }
+    for name, tensor in changes.items():
+        tensors = {**good, name: tensor}
+        with pytest.raises(UserError, match=name) as error:
             checkpoints.load(found, tensors)
-        assert next(iter(change)) in error.value.what
         assert error.value.where == str(found.path)
         assert not any(tensor.any() for tensor in tensors.values())
     del good["mask"]
@@ -331,28 +318,25 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
 # Damage
 
 
-def damage_truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def damage_empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def damage_block(path: Path) -> None:
+def block(path: Path) -> None:
     """A pipe in the place of a file, which to read would block."""
     path.unlink()
     os.mkfifo(path)
 
 
-DAMAGES = [flip, damage_truncate, damage_empty, Path.unlink]
+DAMAGES = [
+    flip,
+    Path.unlink,
+    lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: os.truncate(path, 0),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         *((name, damage) for name in (STATE, MANIFEST) for damage in DAMAGES),
-        pytest.param(STATE, damage_block, marks=unix),
+        pytest.param(STATE, block, marks=unix),
     ],
 )
 def test_what_is_damaged_is_named_and_skipped(tmp_path, name, damage):
@@ -377,15 +361,6 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path):
     assert verify(path.parent).step == 1
 
 
-def test_all_are_damaged(tmp_path: Path):
-    saved(tmp_path, 1, 2)
-    for path in tmp_path.glob(f"*/{STATE}"):
-        flip(path)
-    lines: list[str] = []
-    assert Checkpoints(tmp_path, say=lines.append).newest() is None
-    assert len(lines) == 2
-
-
 def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
     saved(tmp_path, 1, 2)
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000005")
@@ -394,13 +369,12 @@ def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
     folder = tmp_path / "step-00000001"
     content = json.loads((folder / MANIFEST).read_bytes())["content"]
     (folder / MANIFEST).unlink()
-    write_manifest(folder, {**content, "format": 3})
+    module.write_manifest(folder, {**content, "format": 3})
     with pytest.raises(UserError, match="its format is 3"):
         verify(folder)
     (folder / MANIFEST).write_text('{\n "format": 1,\n "step": 1\n}\n')
-    with pytest.raises(UserError, match=r"version 0\.1") as error:
+    with user_error("old-format", "version 0.1"):
         Checkpoints(tmp_path).newest()
-    assert error.value.code == "old-format"
 
 
 def test_tensors_that_only_their_checksum_calls_whole(tmp_path: Path):

@@ -12,7 +12,7 @@ from allmlp.runtime import device as compute
 from allmlp.runtime.device import ComputePolicy, choose_policy, torch_settings
 from allmlp.runtime.world import World
 from allmlp.training import step
-from conftest import tiny_config, tiny_run, user_error
+from conftest import TINY, tiny_run, user_error
 from runs import losses_of
 
 pytestmark = pytest.mark.numerics
@@ -70,11 +70,7 @@ def test_a_compiler_that_fails_is_left_out(class_folder, tmp_path, monkeypatch):
 def test_compiled_training_has_the_same_losses(class_folder, tmp_path):
     if not compute.can_compile(CPU):
         pytest.skip("no C++ compiler here")
-    settings = {
-        "epochs": 2,
-        "augment__mixup": 0.5,
-        "model__overrides": {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3},
-    }
+    settings = {"augment__mixup": 0.5, "model__overrides": {**TINY, "stochastic_depth": 0.3}}
     plain = tiny_run(class_folder, tmp_path / "plain", **settings)
     run = tiny_run(class_folder, tmp_path / "run", compile="on", **settings).run_folder
     log = (run / "log.txt").read_text()
@@ -132,10 +128,10 @@ def test_bfloat16_keeps_layer_norm_and_residual_in_float32(compiled):
 
 def test_micro_batches_add_up_to_the_batch(class_folder, tmp_path, monkeypatch):
     """Those that are asked for, and those that little memory asks for."""
-    overrides = {**tiny_config("x", tmp_path).model.overrides, "stochastic_depth": 0.3}
 
     def run(name: str, **changes: object) -> tuple[list[float], str]:
-        given = {"augment__mixup": 0.5, "model__overrides": overrides, **changes}
+        given = {"augment__mixup": 0.5, "model__overrides": {**TINY, "stochastic_depth": 0.3}}
+        given |= changes
         folder = tiny_run(class_folder, tmp_path / name, **given).run_folder
         return losses_of(folder), (folder / "log.txt").read_text()
 

@@ -23,17 +23,14 @@ def test_without_val_some_images_are_held_out(class_folder: Path, tmp_path: Path
         am.train(config, quiet=True)
     shutil.rmtree(class_folder / "val")
     splits = open_training_data(config.data)
-    names = [
-        {split.item_name(at) for at in range(len(split))}
-        for split in (splits.train, splits.validation)
-    ]
+    both = (splits.train, splits.validation)
+    trained, held_out = ({split.item_name(at) for at in range(len(split))} for split in both)
     assert splits.held_out
-    assert (len(names[0]), len(names[1])) == (14, 6)
-    assert not names[0] & names[1]
+    assert (len(trained), len(held_out)) == (14, 6)
+    assert not trained & held_out
     result = am.train(config, quiet=True)
     log = (result.run_folder / "log.txt").read_text()
     assert "6 to validate (held out of the training images), none to test" in log
-    assert f"mixer evaluate {result.run_folder} --data {class_folder}:validation\n" in log
 
 
 def test_a_few_bad_images_stop_no_small_run(class_folder, tmp_path):
@@ -61,9 +58,8 @@ def test_more_bad_images_stop_a_run_before_it_begins(class_folder, tmp_path, bad
         path.rename(class_folder / "train" / "bee" / f"1{path.name}")
     for name in bad:
         (class_folder / "train" / f"{name}.png").write_text("<html>not found</html>")
-    with pytest.raises(am.UserError, match=message) as error:
+    with pytest.raises(am.UserError, match=rf"{message}[\s\S]*{bad[0]}\.png"):
         tiny_run(class_folder, tmp_path / "run", **changes)
-    assert f"{bad[0]}.png" in error.value.what
     assert not (tmp_path / "run").exists()
 
 

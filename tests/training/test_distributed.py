@@ -23,7 +23,8 @@ from allmlp.data.sources import open_splits
 from allmlp.training.checkpoint import Checkpoints
 from conftest import draw, files, make_data
 from runs import (
-    free_port,
+    check_same,
+    ended,
     losses_of,
     results_of,
     run_config,
@@ -76,14 +77,12 @@ def weighted(data: Path, run: Path, **changes: object) -> am.TrainConfig:
 
 def train_one(data: Path, name: str, **changes: object) -> Path:
     config = weighted(data, data.parent / name, **changes)
-    process = start(config, data.parent / f"{name} text", NOTING)
-    assert process.wait() == 0, process.said()
+    ended([start(config, data.parent / f"{name} text", NOTING)], 0)
     return data.parent / name
 
 
 @pytest.fixture(scope="module")
 def single(data: Path) -> Path:
-    """A run of one process."""
     return train_one(data, "single")
 
 
@@ -95,10 +94,10 @@ def double(data: Path) -> Path:
 
 def train_two(data: Path, name: str, **changes: object) -> Path:
     run = data.parent / name
-    first, second = start_two(weighted(data, run, **changes), data.parent / f"{name} text", NOTING)
-    assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
-    assert second.said() == ""
-    assert "2 processes on cpu (1 thread), sharding" in first.said()
+    config = weighted(data, run, **changes)
+    first, second = ended(start_two(config, data.parent / f"{name} text", NOTING), 0, 0)
+    assert second == ""
+    assert "2 processes on cpu (1 thread), sharding" in first
     return run
 
 
@@ -112,17 +111,14 @@ def check_near(run: Path, single: Path, labels: Any = range(20), **order: Any) -
         assert mine["learning_rate"] == other["learning_rate"]
         assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
     columns = ("step", "epoch", "validation_top1", "best")
-    figures = [
-        [[row[key] for key in columns] for row in results_of(folder)] for folder in (run, single)
-    ]
-    assert figures[0] == figures[1]
-    written = [
-        json.loads((folder / "validation/evaluation.json").read_text()) for folder in (run, single)
-    ]
+    rows = [[row[key] for key in columns] for row in results_of(run)]
+    assert rows == [[row[key] for key in columns] for row in results_of(single)]
+    both = (folder / "validation/evaluation.json" for folder in (run, single))
+    mine, other = (json.loads(path.read_text()) for path in both)
     for key in ("images", "top1", "confusion", "per_class", "bad_images"):
-        assert written[0][key] == written[1][key]
-    assert written[0]["images"] == 9
-    assert written[0]["loss"] == pytest.approx(written[1]["loss"], abs=1e-5)
+        assert mine[key] == other[key]
+    assert mine["images"] == 9
+    assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
 def test_ddp_with_a_balanced_sampler(data: Path):
@@ -148,21 +144,15 @@ def test_from_one_to_two_and_back(data: Path, single: Path, tmp_path: Path):
         acts = NOTING + (fault(signal.SIGTERM, last, rank) if last < 29 else "")
         text = tmp_path / f"part {number}"
         config = weighted(data, run, sharding="full" if sharding == "full" else "none")
-        processes = (
-            [start(config, text, acts)] if sharding == "one" else start_two(config, text, acts)
-        )
-        codes = [process.wait() for process in processes]
-        said = [process.said() for process in processes]
+        is_one = sharding == "one"
+        processes = [start(config, text, acts)] if is_one else start_two(config, text, acts)
         if last == 29:
-            assert codes == [0], said
+            ended(processes, 0)
             continue
-        assert codes == [143] * len(codes), said
+        said = ended(processes, *[143] * len(processes))
         assert f"stopped after step {last + 1} of 30" in said[0]
-        how = (
-            f"mixer train --resume {run}"
-            if sharding == "one"
-            else "the same torchrun command again"
-        )
+        again = "the same torchrun command again"
+        how = f"mixer train --resume {run}" if is_one else again
         assert f"to resume: {how}\n" in said[0]
         assert said[1:] in ([], [""], ["\nstopping: the run saves at the end of this step\n"])
         checkpoints = Checkpoints(run / "checkpoints", say=lambda line: pytest.fail(line))
@@ -185,9 +175,9 @@ if os.environ["RANK"] == "0":
 
 
 def test_a_callback_ends_both(data: Path, tmp_path: Path):
-    first, second = start_two(run_config(data, tmp_path / "run"), tmp_path / "text", STOPPING)
-    assert (first.wait(), second.wait()) == (0, 0), first.said() + second.said()
-    assert "stopped early: a callback asked for it" in first.said()
+    config = run_config(data, tmp_path / "run")
+    first, _ = ended(start_two(config, tmp_path / "text", STOPPING), 0, 0)
+    assert "stopped early: a callback asked for it" in first
     assert len(losses_of(tmp_path / "run")) == 13
     assert results_of(tmp_path / "run")[-1]["step"] == "13"
 
@@ -223,9 +213,7 @@ atexit.register(lambda: report.write_text(json.dumps({n: c for n, c in counts.it
 def test_a_restart_reads_images_and_checkpoint_once(data: Path, double: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(double, run)
-    config = weighted(data, run, **PARTS)
-    processes = start_two(config, tmp_path / "text", COUNTING)
-    assert [process.wait() for process in processes] == [0, 0], processes[0].said()
+    ended(start_two(weighted(data, run, **PARTS), tmp_path / "text", COUNTING), 0, 0)
     first, second = (json.loads(Path(f"{run}.counts.{rank}").read_text()) for rank in (0, 1))
     state = run / "checkpoints" / "step-00000030" / "state.safetensors"
     assert first.pop("scandir") >= 8
@@ -233,14 +221,12 @@ def test_a_restart_reads_images_and_checkpoint_once(data: Path, double: Path, tm
     images, splits = 20 + 9, 2
     only = {"EncodedImage": images, "fingerprint": splits, "file_digest": state.stat().st_size}
     assert (first, second) == (only, {})
-    check_same_logs(run, double)
+    check_same(run, double)
 
 
 SHARING = """
-import json
 import numpy as np
 import torch
-from pathlib import Path
 from allmlp.runtime.world import join_world
 from allmlp.training.checkpoint import Checkpoints
 
@@ -271,7 +257,7 @@ with join_world("cpu") as (world, _):
     tensors = {str(n): torch.full((25_000_000,), world.rank + 1.0) for n in range(2)}
     tensors["turned"] = torch.arange(6.0).view(2, 3).t() * (world.rank + 1)
     tensors["odd"] = torch.tensor([float("nan"), -0.0], dtype=torch.bfloat16)
-    checkpoints = Checkpoints(Path(FOLDER), world=world)
+    checkpoints = Checkpoints(Path(FOLDER, "checkpoints"), world=world)
     peak()
     before = megabytes("VmRSS")
     checkpoints.save(1, tensors, {})
@@ -288,9 +274,8 @@ with join_world("cpu") as (world, _):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory without a name")
 def test_memory_of_images_is_shared_and_only_rank_0_holds_a_checkpoint(tmp_path: Path):
     """Labels of 200 MB, a state of 200 MB, in MB of each of four processes."""
-    ended = run_two(SHARING.replace("FOLDER", repr(str(tmp_path / "checkpoints"))), 4)
-    assert [code for code, _ in ended] == [0] * 4, ended
-    right, called, own, held = zip(*(json.loads(text) for _, text in ended), strict=True)
+    said = run_script(tmp_path, SHARING, 0, 0, 0, 0)
+    right, called, own, held = zip(*map(json.loads, said), strict=True)
     assert all(right)
     assert called == (1, 0, 0, 0)
     assert max(own) < 40
@@ -306,18 +291,13 @@ def test_the_other_ends_too_and_names_it(data, tmp_path, rank: int, sharding: st
     config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=5)
     processes = start_two(config, tmp_path / "text", fault(signal.SIGKILL, 16, rank))
     other = processes[1 - rank]
-    assert processes[rank].wait() == -signal.SIGKILL
+    ended([processes[rank]], -signal.SIGKILL)
     assert other.wait(10.0) == 2
     error = other.said().partition("error: ")[2]
     prefix = "" if rank else "rank 1: "
     assert error.startswith(f"{prefix}rank {rank} exited, so training cannot continue: ")
     assert "to fix: Run the same command again to resume" in error
     assert "Traceback" not in other.said()
-
-
-def check_same_logs(run: Path, other: Path) -> None:
-    assert steps_of(run) == steps_of(other)
-    assert results_of(run) == results_of(other)
 
 
 def test_torchrun_starts_both_again(data: Path, double: Path, tmp_path: Path):
@@ -348,7 +328,7 @@ if os.environ["RANK"] == "1":
     assert process.returncode == 0, said
     assert (tmp_path / "killed").exists()
     assert re.search(r"resumed  after step (10|15) of 30", said)
-    check_same_logs(tmp_path / "run", double)
+    check_same(tmp_path / "run", double)
 
 
 # An error of one process, and one of all
@@ -374,13 +354,12 @@ def test_what_only_one_process_meets_is_said_once(data: Path, tmp_path: Path, ra
     index = order[4 * rank + 1]
     text = BROKEN.replace("index == 3", f"index == {index}")
     config = run_config(data, tmp_path / "run", data__max_bad=0.0)
-    first, second = start_two(config, tmp_path / "text", text)
-    assert (first.wait(), second.wait()) == (2, 2)
+    said = ended(start_two(config, tmp_path / "text", text), 2, 2)
     prefix = "" if rank == 0 else "rank 1: "
-    said = (first.said(), second.said())
-    assert "".join(said).count(f"error: {prefix}1 of 20 images cannot be decoded (5.0%") == 1
-    assert (first.said() + second.said()).count("three.png: broken") in (1, 2)  # "skipped" too
-    assert "Traceback" not in first.said() + second.said()
+    both = "".join(said)
+    assert both.count(f"error: {prefix}1 of 20 images cannot be decoded (5.0%") == 1
+    assert both.count("three.png: broken") in (1, 2)  # "skipped" too
+    assert "Traceback" not in both
     assert "error: " not in said[1 - rank]
 
 
@@ -394,12 +373,11 @@ if os.environ["RANK"] == "1":
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_loss_that_is_not_finite_on_one_stops_both(data, tmp_path, sharding: str):
     config = run_config(data, tmp_path / "run", sharding=sharding, checkpoint_every=8)
-    processes = start_two(config, tmp_path / "text", POISON)
-    assert [process.wait() for process in processes] == [2, 2]
-    assert "error: step 16: loss nan, gradient norm nan at" in processes[0].said()
+    first, second = ended(start_two(config, tmp_path / "text", POISON), 2, 2)
+    assert "error: step 16: loss nan, gradient norm nan at" in first
     last = tmp_path / "run" / "checkpoints" / "step-00000016"
-    assert f"the last good checkpoint is {last}\n" in processes[0].said()
-    assert processes[1].said() == ""
+    assert f"the last good checkpoint is {last}\n" in first
+    assert second == ""
 
 
 @pytest.mark.parametrize(
@@ -414,18 +392,16 @@ def test_a_mistake_is_said_once_and_makes_nothing(data, double, tmp_path, messag
     before = files(data.parent)
     output = double if "seed" in changes else tmp_path / "run"
     config = weighted(data, output).with_values(changes)
-    first, second = start_two(config, tmp_path / "text")
-    assert (first.wait(), second.wait()) == (2, 2)
-    assert message in first.said()
-    assert first.said().count("error: ") == 1
-    assert second.said() == ""
+    first, second = ended(start_two(config, tmp_path / "text"), 2, 2)
+    assert message in first
+    assert first.count("error: ") == 1
+    assert second == ""
     assert not (tmp_path / "run").exists()
     assert files(data.parent) == before
 
 
 # With a rare switch of threads: one that waits for the interpreter's lock waits long.
 LEAVING = """
-import sys
 import torch
 from allmlp.runtime.world import join_world
 sys.setswitchinterval(0.5)
@@ -438,14 +414,13 @@ for _ in range(4):
 """
 
 
-def test_processes_end_after_they_have_left():
+def test_processes_end_after_they_have_left(tmp_path: Path):
     """gloo's thread may still hold the last collective's tensors when DDP's reducer is freed."""
-    assert [code for code, _ in run_two(LEAVING)] == [0, 0]
+    run_script(tmp_path, LEAVING, 0, 0)
 
 
 # With two micro-batches a step; the weights are those of steps that no NaN has reached.
 SHARDED = """
-from pathlib import Path
 import torch
 from allmlp.models.layers import draw_stochastic_depth
 from allmlp.runtime.device import ComputePolicy
@@ -487,38 +462,22 @@ with join_world("cpu") as (world, device):
 """
 
 
-def test_sharded_weights_travel_in_bfloat16_and_refuse_a_step_that_is_not_finite():
+def test_sharded_weights_travel_in_bfloat16_and_refuse_a_step_that_is_not_finite(tmp_path: Path):
     """The same bits as with float32 weights that autocast rounds, on both processes."""
-    ended = run_two(SHARDED)
-    assert [code for code, _ in ended] == [0, 0], ended
+    run_script(tmp_path, SHARDED, 0, 0)
 
 
-def run_two(script: str, size: int = 2) -> list[tuple[int, str]]:
-    """Runs a script as several processes; returns exit code and output of each."""
-    port, ranks = str(free_port()), []
-    for rank in map(str, range(size)):
-        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
-    try:
-        said = [process.communicate(timeout=60)[0] for process in ranks]
-        return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
-    finally:
-        for process in ranks:
-            process.kill()
+def run_script(folder: Path, script: str, *codes: int) -> list[str]:
+    """Runs a script as several processes, which end with these codes; returns what each says."""
+    script = script.replace("FOLDER", repr(str(folder))) + "\nsys.exit()\n"
+    return ended(start_two([], folder / "said", script, len(codes)), *codes)
 
 
 # The other is in C code, as if it waited for a GPU that waits for the first.
 FAILING = """
 import ctypes
-import os
-import time
 import torch
 import torch.distributed as dist
-from pathlib import Path
-from allmlp.cli import main as cli
 from allmlp.errors import UserError
 from allmlp.runtime.world import join_world
 from allmlp.training import checkpoint
@@ -529,9 +488,9 @@ def stop(*_):
 def parse(_):
     with join_world("cpu") as (world, _):
 ACT
-dist.destroy_process_group = lambda: time.sleep(50)
-cli.parse = parse
-cli.main(["train"])
+patch.setattr(dist, "destroy_process_group", lambda: time.sleep(50))
+patch.setattr("allmlp.cli.main.parse", parse)
+main(["train"])
 """
 WAIT = """
         if world.rank == RANK:
@@ -540,31 +499,32 @@ WAIT = """
 """
 
 
+def run_failing(folder: Path, act: str, *codes: int) -> list[str]:
+    """Long before the processes that wait would end."""
+    started = time.monotonic()
+    said = run_script(folder, FAILING.replace("ACT", act), *codes)
+    assert time.monotonic() - started < 40
+    return said
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_is_printed_and_ends_a_process_that_waits_for_a_gpu(rank: int):
-    started = time.monotonic()
+def test_an_error_is_printed_and_ends_a_process_that_waits_for_a_gpu(tmp_path: Path, rank: int):
     wait = WAIT.replace("RANK", str(rank)).replace("ENDS", "fail()")
-    ended = run_two(FAILING.replace("ACT", wait))
-    assert [code for code, _ in ended] == [2, 2]
+    said = run_failing(tmp_path, wait, 2, 2)
     prefix = "" if rank == 0 else "rank 1: "
-    assert "".join(text for _, text in ended).count("do not fit") == 1
-    assert f"error: {prefix}96 images at once do not fit into the GPU\n" in ended[rank][1]
-    assert time.monotonic() - started < 40
+    assert "".join(said).count("do not fit") == 1
+    assert f"error: {prefix}96 images at once do not fit into the GPU\n" in said[rank]
 
 
-def test_a_kill_ends_a_process_that_waits_for_a_gpu():
-    started = time.monotonic()
+def test_a_kill_ends_a_process_that_waits_for_a_gpu(tmp_path: Path):
     wait = WAIT.replace("RANK", "1").replace("ENDS", "os.kill(os.getpid(), 9)")
-    ended = run_two(FAILING.replace("ACT", wait), 3)
-    assert [code for code, _ in ended] == [2, -signal.SIGKILL, 2]
-    text = "".join(text for _, text in ended)
+    text = "".join(run_failing(tmp_path, wait, 2, -signal.SIGKILL, 2))
     assert text.count("error: ") == text.count("rank 1 exited, so training cannot continue\n") == 1
-    assert time.monotonic() - started < 40
 
 
 READING = """
         tensors = {str(number): torch.ones(5) for number in range(3)}
-        checkpoints = checkpoint.Checkpoints(Path(FOLDER), world=world)
+        checkpoints = checkpoint.Checkpoints(Path(FOLDER, "checkpoints"), world=world)
         checkpoints.save(1, tensors, {})
         found = checkpoints.newest()
         fill = checkpoint.fill_from_rank0
@@ -587,23 +547,18 @@ READING = """
     ],
 )
 def test_an_error_in_what_one_does_for_all_is_said_once(tmp_path: Path, act: str, message: str):
-    started = time.monotonic()
-    script = FAILING.replace("ACT", act.replace("FOLDER", repr(str(tmp_path / "c"))))
-    ended = run_two(script)
-    assert [code for code, _ in ended] == [2, 2]
-    text = "".join(text for _, text in ended)
+    first, second = run_failing(tmp_path, act, 2, 2)
+    text = first + second
     assert text.count("to fix: ") <= text.count(message) == 1, text
-    assert ended[0][1].startswith(f"error: {message}")
-    assert time.monotonic() - started < 40
+    assert first.startswith(f"error: {message}")
 
 
 OTHER_IMAGES = """
-import os
 from allmlp.runtime import world as module
 from allmlp.training.dataset import DataSettings, open_training_data
-module.machine = lambda: os.environ["RANK"]
+patch.setattr(module, "machine", lambda: os.environ["RANK"])
 """ + FAILING.replace(
-    "ACT", "        open_training_data(DataSettings(source=f'FOLDER/{world.rank}'), world=world)"
+    "ACT", '        open_training_data(DataSettings(source=f"{FOLDER}/{world.rank}"), world=world)'
 )
 
 
@@ -611,7 +566,5 @@ def test_machines_with_other_images_are_an_error(tmp_path: Path):
     for rank in "01":
         make_data(tmp_path / rank)
     draw(900).save(tmp_path / "1" / "train" / "ant" / "new.png")
-    ended = run_two(OTHER_IMAGES.replace("FOLDER", str(tmp_path)))
-    assert [code for code, _ in ended] == [2, 2]
-    text = "".join(text for _, text in ended)
+    text = "".join(run_script(tmp_path, OTHER_IMAGES, 2, 2))
     assert text.count("rank 1 has 21 training images of these classes, and rank 0 has 20") == 1

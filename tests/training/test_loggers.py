@@ -2,8 +2,8 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -76,9 +76,8 @@ def test_a_callback_ends_the_run_early(class_folder, tmp_path: Path):
             raise am.StopTraining
 
     recorder = Recorder(act)
-    result = am.train(
-        tiny_config(str(class_folder), tmp_path / "run", epochs=9), quiet=True, callbacks=[recorder]
-    )
+    config = tiny_config(str(class_folder), tmp_path / "run", epochs=9)
+    result = am.train(config, quiet=True, callbacks=[recorder])
     assert max(call[1] for call in recorder.calls if call[0] == "log") == 2  # steps done
     assert (tmp_path / "run/best/model.safetensors").is_file()
     again = am.resume(tmp_path / "run", quiet=True)  # it is finished
@@ -93,51 +92,35 @@ def test_a_run_that_fails_is_no_success(class_folder, tmp_path: Path):
     assert recorder.calls[-1] == ("finish", None)
 
 
-class FakeTracker:
-    """Stands for the modules of the trackers, and records their calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any, Any]] = []
-        self.id, self.name = "abc", "given"
-        self.info = SimpleNamespace(run_id="m1")
-        self.run = self.summary = self
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*given: Any, **options: Any) -> FakeTracker:
-            self.calls.append((name, given, options))
-            return self
-
-        return call
-
-    def of(self, name: str) -> list[Any]:
-        return [options or given for called, given, options in self.calls if called == name]
-
-
-LOG_CALLS = ("log", "log_metrics", "add_scalar")  # of values by name, or of one
+def calls_of(module: MagicMock, *names: str) -> list[Any]:
+    return [call for call in module.mock_calls if call[0].rpartition(".")[2] in names]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
 def test_trackers_and_their_resumed_run(class_folder, tmp_path: Path, monkeypatch, name: str):
-    module, path = FakeTracker(), "torch.utils.tensorboard" if name == "tensorboard" else name
+    module, path = MagicMock(), "torch.utils.tensorboard" if name == "tensorboard" else name
+    module.init.return_value.id, module.init.return_value.name = "abc", "given"
+    module.start_run.return_value.info.run_id = "m1"
     monkeypatch.setitem(sys.modules, path, module)
     tiny_run(class_folder, tmp_path / "run", log=name)
-    logged = [given[0] for called, given, _ in module.calls if called in LOG_CALLS]
+    logged = [call.args[0] for call in calls_of(module, "log", "log_metrics", "add_scalar")]
     assert sum("training/loss" in values for values in logged) == 5
     assert sum("evaluation/validation_top1" in values for values in logged) == 2
-    assert len(module.of("log_artifact") or module.of("add_image") or module.of("Image")) == 6
-    assert module.calls[-1][0] == {"mlflow": "end_run", "tensorboard": "close"}.get(name, "finish")
-    module.calls.clear()
+    assert len(calls_of(module, "log_artifact", "add_image", "Image")) == 6
+    last = {"mlflow": "end_run", "tensorboard": "close"}.get(name, "finish")
+    assert calls_of(module, last) == module.mock_calls[-1:]
+    module.reset_mock()
     am.resume(tmp_path / "run", quiet=True)
+    [begun] = calls_of(module, "start_run", "SummaryWriter", "init")
     if name == "mlflow":
-        assert module.of("start_run") == [{"run_id": "m1"}]
-        assert module.of("log_params") == []
+        assert begun.kwargs == {"run_id": "m1"}
+        assert calls_of(module, "log_params") == []
     elif name == "tensorboard":
-        assert module.of("SummaryWriter") == [{"purge_step": 5}]
+        assert begun.kwargs == {"purge_step": 5}
     else:
-        [begun] = module.of("init")
         same = {"id": "abc"} if name == "wandb" else {"name": "given"}
-        assert same.items() <= begun.items()
-        assert begun["resume"] in ("allow", "must")
+        assert same.items() <= begun.kwargs.items()
+        assert begun.kwargs["resume"] in ("allow", "must")
 
 
 def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

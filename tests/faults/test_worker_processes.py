@@ -1,4 +1,4 @@
-"""Worker processes that cannot start as usual: no guard, little shared memory, no answer."""
+"""Worker processes without a guard or shared memory, hanging, or killed (fault test 13)."""
 
 import multiprocessing
 import re
@@ -11,7 +11,18 @@ import pytest
 
 import allmlp as am
 from conftest import make_data, tiny_config, tiny_run
-from runs import DROPOUT, check_same, run_config, start, steps_of, train, unix, until
+from runs import (
+    DROPOUT,
+    check_same,
+    ended,
+    losses_of,
+    run_config,
+    start,
+    steps_of,
+    train,
+    unix,
+    until,
+)
 
 SCRIPT = """
 import multiprocessing
@@ -88,8 +99,7 @@ patch.setattr(loop.Augmentation, "__call__", hang)
 @pytest.mark.slow
 @unix
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):
-    data = make_data(tmp_path / "data")
+def test_a_signal_while_a_batch_is_waited_for(data, straight, tmp_path: Path, steps: int):
     config = run_config(data, tmp_path / "run", **DROPOUT, data__num_workers=1)
     fault = HANG.replace("STEPS", str(steps)).replace("FOLDER", repr(str(tmp_path)))
     process = start(config, tmp_path / "said", fault)
@@ -99,9 +109,54 @@ def test_a_signal_while_a_batch_is_waited_for(tmp_path: Path, steps: int):
     assert "Traceback" not in process.said()
     done = int(re.findall(r"stopped after step (\d+) of 30", process.said())[0])
     assert (done > 0) == (steps > 0)
-    check_same(train(config), train(run_config(data, tmp_path / "straight", **DROPOUT)))
+    check_same(train(config), straight)
     if steps:
         assert f"resumed  after step {done} " in (tmp_path / "run" / "log.txt").read_text()
+
+
+# Worker 0 comes to its end at the first image that it begins after step 12, and notes which.
+FAULT = """
+import ctypes
+from torch.utils.data import get_worker_info
+
+def deadlock():
+    mutex = ctypes.create_string_buffer(64)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)  # no Python runs any more, and no handler of Python's
+
+def faulty(self, image, random, call=loop.Augmentation.__call__):
+    worker, run = get_worker_info(), Path(FOLDER, "run")
+    if worker is not None and worker.id == 0 and (run / "checkpoints" / "step-00000010").exists():
+        Path(FOLDER, "image").write_text(str(image.where))
+        KIND()
+    return call(self, image, random)
+
+patch.setattr(loop.Augmentation, "__call__", faulty)
+"""
+KINDS = {"killed": "(lambda: os.kill(os.getpid(), signal.SIGKILL))", "hangs": "deadlock"}
+
+
+@unix
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_named_and_the_run_resumes_later(data, straight, tmp_path: Path, kind: str):
+    changes = {"data__num_workers": 2, "data__timeout": 2.0, "checkpoint_every": 5}
+    config = run_config(data, tmp_path / "run", **DROPOUT, **changes)
+    fault = FAULT.replace("KIND", KINDS[kind]).replace("FOLDER", repr(str(tmp_path)))
+    (said,) = ended([start(config, tmp_path / "said", fault)], 2, seconds=30.0)
+    last = said.partition("error: ")[2].splitlines()
+    image = (tmp_path / "image").read_text()
+    assert last[0].startswith(
+        f"worker process 0, at {image}, ended without a message: DataLoader worker (pid"
+        if kind == "killed"
+        else f"no batch for 2 seconds; worker process 0, at {image}"
+    )
+    assert last[1] == f"where: {data}:train"
+    assert last[2].startswith("to fix: ")
+    assert len(last) == 3
+    assert "Traceback" not in said
+    assert len(losses_of(tmp_path / "run")) < 30
+    check_same(train(config), straight)
 
 
 # A small /dev/shm, as Docker's: a file system of its own in a namespace of its own
