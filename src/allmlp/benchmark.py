@@ -471,7 +471,8 @@ def _time_latency(one: _Timed, seconds: float) -> None:
 
 
 def measure_peak(device: torch.device, precision: str) -> tuple[float, tuple[int, int, int]]:
-    """Returns the highest rate of several large `F.linear`, in GFLOP/s, and that one's shape."""
+    """Returns the highest rate of several large `F.linear` in GFLOP/s, a multiply-add being two,
+    and that one's (rows, inputs, outputs)."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     found = []
     for rows, inputs, outputs in _SHAPES[device.type]:
@@ -485,7 +486,7 @@ def measure_peak(device: torch.device, precision: str) -> tuple[float, tuple[int
 
 
 def peak_growth(act: Callable[[], object], device: torch.device) -> int | None:
-    """Runs `act` and returns the peak growth in bytes, see `_MEMORY`; None if unknown."""
+    """Runs `act` and returns the peak growth of memory in bytes, see `_MEMORY`; None if unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

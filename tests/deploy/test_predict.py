@@ -19,6 +19,7 @@ import allmlp as am
 from allmlp.data.image import decode
 from allmlp.data.transforms import normalize, resize_for_evaluation
 from allmlp.deploy import rows
+from allmlp.deploy.predict import PredictOptions, write_predictions
 from allmlp.preprocessing import Preprocessing
 from conftest import draw, encode, make_class_folder, tiny_model, turned, user_error
 from web_server import static
@@ -170,8 +171,11 @@ def test_mistakes(model, album, tmp_path, monkeypatch, inputs, options, word):
         (tmp_path / name).mkdir()
     before = sorted(tmp_path.rglob("*"))
     places = {"EMPTY": tmp_path / "empty", "GOOD": album / "x" / "0.png"}
+    images = [places.get(name, name) for name in inputs]
     with pytest.raises(am.UserError, match=re.escape(word)):
-        am.predict(model, [places.get(name, name) for name in inputs], **options)
+        am.predict(model, images, **options)
+    with pytest.raises(am.UserError, match=re.escape(word)):
+        write_predictions(model, images, PredictOptions(**options))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -263,7 +263,7 @@ DAMAGED = json.dumps(few_shot())[:-200]
 
 def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
     def guarded(path: Path, *mode: Any, **given: Any) -> Any:
-        if path.name == "secret.json":
+        if path.name in ("secret.json", "data_scale.json"):
             raise PermissionError(13, "Permission denied")
         return open(path, *mode, **given)
 
@@ -275,13 +275,15 @@ def test_what_is_not_understood_is_named(drawn, tmp_path, monkeypatch):
     (folder / "more.json").write_text(json.dumps(small_evaluation(top1=1.5)))
     (folder / "nan.json").write_text(json.dumps(small_evaluation(top1=float("nan"))))
     (folder / "gone.json").symlink_to(folder / "nowhere")
-    os.close(os.open(folder / "secret.json", os.O_CREAT))
+    write(folder / "study" / "cells", cell=measured("flights"))  # a study covers its runs
+    for file in ("secret.json", "study/data_scale.json"):
+        os.close(os.open(folder / file, os.O_CREAT))
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text('{"recipe": "digits"}')
     (folder / "run" / "environment.json").write_text("{")
     result = tables([folder], output=str(tmp_path / "out"))
     names = sorted(Path(text.partition(": ")[0]).stem for text in result.left_out)
-    assert names == ["cut", "less", "more", "nan", "new", "newer", "run", "secret"]
+    assert names == ["cut", "data_scale", *["less", "more", "nan", "new", "newer", "run", "secret"]]
     assert "cut.json" in page(tmp_path)
 
 

@@ -81,7 +81,7 @@ def write_predictions(
 
     Several processes, `world`, share the parts of a folder.
     """
-    world = world or World()
+    options, world = make(PredictOptions, options, {}), world or World()  # checks the values
     output = choose_output(options)
     is_folder = output is not None and output.is_folder
     if world.size > 1 and not is_folder:

@@ -49,7 +49,7 @@ class Service:
     is_local = True  # reachable from this machine only; set before serving
 
     def __init__(self, model: Classifier, name: str, options: ServeOptions | None = None) -> None:
-        options = options or ServeOptions()
+        options = make(ServeOptions, options, {})
         if preprocessing_of(model).kind == "arrays":
             what, fix = "serve is for images, and the model takes rows of arrays", "mixer predict"
             raise UserError(what, where=name, fix=fix, code="arrays")

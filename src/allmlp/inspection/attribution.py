@@ -83,7 +83,8 @@ def read_image(path: str | Path, model: Classifier) -> tuple[Tensor, NDArray[np.
 def unit_responses(
     model: ImageClassifier, units: ModelUnits, image: Tensor, layer: int
 ) -> list[UnitResponse]:
-    """Returns how the units of a token-mixing MLP (from 1) respond to a model input."""
+    """Returns how the units of a token-mixing MLP (from 1) respond to a model input,
+    the strongest first."""
     chosen = units.layer(layer)
     module = model.get_submodule(chosen.name)
     inputs: list[Tensor] = []  # to the two dense layers: y (1, C, S) and h (1, C, U)
@@ -101,7 +102,8 @@ def unit_responses(
 
 def responses_of(layer: TokenMixingLayer, tokens: Floats, activation: Floats) -> list[UnitResponse]:
     """Returns the response maps of a layer's units from the normalised tokens y, (C, S), and the
-    activations h, (C, U), of an image (docs/inspection.md), largest energy of `written` first.
+    activations h, (C, U), of an image (docs/inspection.md): the largest norm of `written` first, or
+    the greatest strength where no weights go out to a grid.
 
         read     w[u, s] * sum_c h[c, u] y[c, s], with incoming weights w
         written  |v[s, u]| * strength, with outgoing weights v and strength sqrt(sum_c h[c, u]^2)

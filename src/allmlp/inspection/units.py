@@ -20,7 +20,7 @@ from allmlp.models.catalog import config_to_json
 from allmlp.models.layers import ImageClassifier
 from allmlp.models.mixer import MixerConfig
 
-OPPOSITE = -0.8  # the "opposite_share" of units has a correlation with another below this
+OPPOSITE = -0.8  # "opposite_share": the fraction of units with a lower correlation to another
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Floats = NDArray[np.float64]
@@ -75,8 +75,8 @@ def measure_units(units: ArrayLike) -> UnitMeasures:
 
 
 def spatial_frequency(units: ArrayLike) -> Floats:
-    """Returns each unit's mean |f| over its 2-D Fourier transform, weighted by power, in cycles per
-    grid step: 0 for a constant, at most sqrt(1/2)."""
+    """Returns each unit's mean |f| over its 2-D Fourier transform, weighted by power; f is in
+    cycles per grid step, from -1/2 to 1/2 on each axis: 0 for a constant, at most sqrt(1/2)."""
     values = _scaled(units)
     height, width = values.shape[1:3]
     power = _over_channels(np.abs(np.fft.fft2(values, axes=(1, 2))) ** 2)

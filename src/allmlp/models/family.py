@@ -302,8 +302,8 @@ def infer_patches(
 def infer_maps(
     config: type[Any], tokens: str, hidden: str, field: str
 ) -> Callable[[Shapes, Size | None, Size | None], Any]:
-    """Returns `Family.infer` for one dense layer over the tokens per block, "blocks.0.TOKENS", and
-    one, "blocks.0.HIDDEN", whose outputs are counted by a field of the configuration."""
+    """Returns `Family.infer` for blocks with a dense layer `tokens` over the tokens, and another,
+    `hidden`, whose number of outputs is the value of `field`."""
 
     def infer(shapes: Shapes, written: Size | None, asked: Size | None) -> Any:
         num_tokens, _ = shape_of(shapes, f"blocks.0.{tokens}.weight", 2)

@@ -51,8 +51,8 @@ class StochasticDepth(nn.Module):
 
 
 def draw_stochastic_depth(model: nn.Module, num_samples: int, random: torch.Generator) -> Tensor:
-    """Draws which branches every sample of a batch keeps, float32 (branches, N), however processes
-    and micro-batches split the batch, and whatever device or compiler runs the model."""
+    """Draws which branches every sample keeps, float32 (branches, N): outside the model for a whole
+    batch, so the result is the same for any processes, micro-batches, device and compilation."""
     keep = [1.0 - drop.probability for drop in _drops(model)]
     drawn = torch.rand(len(keep), num_samples, generator=random)
     return (drawn < torch.tensor(keep).view(-1, 1)).float()

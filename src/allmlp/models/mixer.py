@@ -69,9 +69,9 @@ class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, each with pre-LayerNorm and a skip connection.
 
     The output bias of token mixing changes no logit, and its gradient is rounding noise: it adds
-    the same number to all channels of a token, and every LayerNorm subtracts the mean over channels
-    (not so in untied, grouped and views). It exists because the paper's code and Google's files
-    have it; inference with packed weights skips it.
+    the same number to all channels of a token (not in untied, grouped and views), and every
+    LayerNorm subtracts the mean over channels. It exists because the paper's code and Google's
+    files have it; inference with packed weights skips it.
 
     The index is that of the block, from 0; `drops` are the stochastic depth of both branches.
     """

@@ -2,8 +2,9 @@
 
 block-diagonal  each of K_h x K_w tiles of the old size gets a copy of the old token-mixing MLP
                 (section 3 and appendix C of the paper; both sides grow by integer factors)
-resample        any size: W_0 A, B W_1, B b_1, where A and B resize the tokens from the new grid to
-                the old one and back, with rows that sum to one; D_S does not change
+resample        any size: the dense layers W_0 and W_1, b_1 become W_0 A and B W_1, B b_1, where A
+                and B resize the tokens from the new grid to the old one and back, with rows that
+                sum to one; D_S does not change
 
 docs/weights.md says what each preserves.
 
@@ -82,7 +83,7 @@ def resize_tokens(
 
 
 def resize_maps(name: str) -> Callable[[Tensors, Any, Any, str], tuple[Any, str]]:
-    """Returns `Family.resize` for one dense layer over the tokens per block."""
+    """Returns `Family.resize` for one dense layer per block, over the tokens, of this name."""
     weights: list[Weight] = [(f"{name}.weight", (TOKENS, TOKENS)), (f"{name}.bias", (TOKENS,))]
 
     def resize(tensors: Tensors, old: Any, new: Any, method: str) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """The studies that train from random weights: data scale, shuffled pixels, token-mixing variants.
 
-A study has cells/.../seed-0/ of each run, and KIND.json, .png and .svg; see docs/studies.md.
+A study has cells/.../seed-0/ of each run, KIND.json and, if there is a figure, KIND.png and .svg;
+see docs/studies.md and docs/ablations.md.
 """
 
 from __future__ import annotations

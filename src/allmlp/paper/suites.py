@@ -149,7 +149,7 @@ def _fits(opened: Mapping[str, Source], text: str) -> bool:
 
 def plan_of(task: Task, source: str) -> Plan:
     """Plans a task: of VTAB-1k 800 training images, 200 to choose the rate, and test; of Avg 5 all
-    images but those of test, or of validation where there is no test split, as with ImageNet."""
+    training and validation images, and test, which validation is where there is no test split."""
     opened, labels, notes = _open(task, source)
     grid = None
     if task.parts:
