@@ -209,7 +209,9 @@ def confident_learning(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the most probable other class, int64 (N,), and whether the label is suspected.
 
-    `probabilities` are (N, K), out of fold; a suspected label's is below `unlikely` / K.
+    `probabilities` are (N, K), out of fold. The image counts for the most probable of the classes
+    that reach their mean probability over the images labelled so. A suspected label is of another,
+    and its own probability is below `unlikely` / K.
     """
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0

@@ -379,7 +379,8 @@ class Duplicates:
         return counts
 
     def to_exclude(self) -> Iterator[tuple[str, int, str]]:
-        """Yields (split, index, why) of the images without which there are no duplicates."""
+        """Yields (split, index, why) of the images to exclude to remove all duplicates; those of
+        test stay, then those of validation."""
         rows = self.pairs[self.pairs["kind"] != NEAR].tolist()
         original = {copy: (first, kind) for first, copy, kind, _ in rows}
         gone: set[int] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 
@@ -45,8 +45,9 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         classes = [random.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels)]
     else:  # the rarest first
         order = random.permutation(len(labels))
-        columns = labels[:, np.argsort(labels.sum(axis=0), kind="stable")][order].T
-        classes = [order[own] for own in (*columns, ~columns.any(axis=0))]
+        rarest = np.argsort(labels.sum(axis=0), kind="stable")
+        classes = (order[labels[order, at]] for at in rarest)
+        classes = chain(classes, [order[~labels.any(axis=1)[order]]])
     for members in classes:
         if len(members) > 1:
             number = min(max(round(fraction * len(members)), 1), len(members) - 1)
@@ -111,8 +112,9 @@ def deal(
     wanted = np.outer(fractions, np.maximum(totals, 1))
     is_small = np.array(fractions) < 0.5
     random, best, least = np.random.default_rng(seed), None, np.inf
-    # Large groups first, each to the part where the sum over parts and classes of
-    # (images - wanted)^2 / wanted grows least; no small part takes all images of a class.
+    # Large groups first, in random order among equals, each to the part where the sum over parts
+    # and classes of (images - wanted)^2 / wanted grows least; a part below a half takes all images
+    # of a class only if they are one group. The best of several orders counts.
     for _ in range(max(1, min(_TRIES, 20_000 // num_groups))):
         order = random.permutation(num_groups)
         order = order[np.argsort(-sizes[order], kind="stable")]

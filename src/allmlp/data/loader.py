@@ -197,7 +197,7 @@ def evaluation_batches(
     num_workers = choose_workers(num_workers, source, preprocessing)
     batch_bytes = min(batch_size, len(source)) * _image_bytes(preprocessing)
     images = Images(source, functools.partial(_for_evaluation, preprocessing), preprocessing)
-    batches = BatchSampler(range(len(source)), batch_size, drop_last=False)
+    batches = BatchSampler(range(len(source)), int(batch_size), drop_last=False)
     return load(images, batches, num_workers, batch_bytes, timeout)
 
 

@@ -9,7 +9,7 @@ layer maps to another such vector, and a row likewise:
     width    w[i, j', g, s'] = sum over j, s of mlp_w[j' S + s', j S + s] x[i, j, g, s]
 
 Matches the authors' code (Andrew-Qibin/VisionPermutator), where G is the side of the grid and
-images have 224 x 224 pixels. Here G stays the same at other image sizes (docs/models.md).
+images have 224 x 224 pixels. Here G stays the same at other image sizes.
 
 Shapes: N batch, (H, W) grid of a stage, C its channels, G segments of S channels, the segment index
 being the slow one; channels-last between stem and head.

@@ -293,7 +293,8 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def _prefer_onednn(products: Any) -> None:
-    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision."""
+    """Uses oneDNN, faster than MKL on CPUs that are not Intel's, if it keeps float32 precision: the
+    setting permits bfloat16."""
     before = products.fp32_precision
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(256, 256, generator=random) for _ in range(2))

@@ -19,7 +19,8 @@ _NEVER = -1
 
 
 def sleep_soon() -> None:
-    """Makes waiting OpenMP threads sleep soon, unless the user set this or torch is imported."""
+    """Makes waiting OpenMP threads sleep soon, unless the user has set this; call it before
+    torch is imported."""
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ:
         return
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))

@@ -201,7 +201,7 @@ def _dark(source: Source) -> list[str]:
 def check_readable(source: Source, most: float, keys: list[str] | None = None) -> list[BadImage]:
     """Returns images with unreadable headers; appends the keys of all others to `keys`."""
     step = -(-len(source) // MOST_CHECKED)
-    checked = subset(source, np.arange(0, len(source), step), source.name)
+    checked = source if step == 1 else subset(source, np.arange(0, len(source), step), source.name)
     bad: list[BadImage] = []
     for index in range(len(checked)):
         try:

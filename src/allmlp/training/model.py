@@ -30,8 +30,9 @@ def build_model(
     rows: Source | None = None,
     quiet: bool = False,
 ) -> ImageClassifier:
-    """Returns the model of a run; `rows` are its training images, and best/ of a resumed run
-    replaces weights that may be gone."""
+    """Returns the model of a run, for the statistics of its training images `rows` if these are
+    arrays and its weights not trained on such. best/ of a resumed run replaces weights that may be
+    gone."""
     settings, data = config.model, config.data
     rows = rows if rows is not None and array_shape(rows) else None
     if settings.weights is not None:

@@ -197,7 +197,8 @@ def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor."""
+    """Returns the whole optimizer state, "<parameter>.<key>" -> tensor; filling these in place
+    continues another run bit for bit."""
     return {
         f"{name}.{key}": tensor
         for name, parameter in model.named_parameters()

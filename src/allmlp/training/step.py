@@ -133,7 +133,8 @@ class Updater:
         return results
 
     def gradient(self, images: Tensor, targets: Tensor, depth: Tensor, dropout_seed: int) -> Tensor:
-        """Stores the gradient of the mean loss; returns this process's loss."""
+        """Stores the gradient of the mean loss; returns this process's loss. A GPU that runs out of
+        memory gets smaller micro-batches from then on."""
         while True:
             size = self.micro_batch_size or len(images)
             try:
@@ -196,7 +197,8 @@ class Updater:
             self.say(f"memory   the {own} images of a step are split into {parts}")
 
     def agreed_size(self, own: int, size: int) -> int:
-        """Returns the size that fits on all processes, by trial: later, none can ask the others."""
+        """Returns the largest size up to `size` that fits on all processes, by trial: later, one
+        that runs out of memory cannot ask the others."""
         while True:
             fitting = size if self._fits(own, size) else _below(size, own)
             agreed = -self.world.all_reduce_max(-fitting)
@@ -225,7 +227,8 @@ class Updater:
         return False
 
     def _fitting(self, own: int) -> int:
-        """Returns the largest micro-batch that fits, without a trial, which Linux might kill."""
+        """Returns the largest divisor of this process's images whose activations fit into memory;
+        without a trial, as Linux kills processes that run out of it."""
         device, preprocessing = self.compute.device, preprocessing_of(self.model)
         free = free_memory(device)
         if free is None:
@@ -266,7 +269,8 @@ def _below(size: int, count: int) -> int:
 
 
 def saved_bytes(model: nn.Module, image: Tensor, compute: ComputePolicy) -> int:
-    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward."""
+    """Returns the bytes that an image (1, channels, H, W) takes between forward and backward: the
+    difference between forward passes of two images and of one."""
     own, totals, largest = {id(parameter) for parameter in model.parameters()}, [], 0
     was_training = model.training
     model.eval()

@@ -25,7 +25,7 @@ FORMAT, VERSION = "allmlp selection", 1
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Turns numbers measured on images into classes, as VTAB (google-research/task_adaptation):
+    """Turns numbers measured on images into classes, as in VTAB (google-research/task_adaptation):
 
     shift    (first, classes)        number - first: 3 to 10 objects are 8 classes
     bins     (values, classes)       equal bins of 0 to values - 1: floor(n * classes / values)
