@@ -46,8 +46,8 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     else:  # the rarest first
         order = random.permutation(len(labels))
         rarest = np.argsort(labels.sum(axis=0), kind="stable")
-        classes = (order[labels[order, at]] for at in rarest)
-        classes = chain(classes, [order[~labels.any(axis=1)[order]]])
+        unlabelled = np.logical_not(labels.any(axis=1))
+        classes = chain((order[labels[order, at]] for at in rarest), [order[unlabelled[order]]])
     for members in classes:
         if len(members) > 1:
             number = min(max(round(fraction * len(members)), 1), len(members) - 1)
