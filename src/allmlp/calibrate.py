@@ -99,6 +99,6 @@ def command(model: str, output: str, options: CalibrateOptions) -> Done:
         measured = calibration.cross_calibrated(result) if has_temperature else result
         formats = {"threshold": ".4g", "coverage": ".2%", "accuracy": ".2%"}
         report.say('\nbelow each threshold the answer is "unsure"; accuracy of the others')
-        report.table(calibration.coverage_table(measured, _THRESHOLDS), formats=formats)
+        report.table(map(measured.answered, _THRESHOLDS), formats=formats)
     report.say(f"\nwritten  {weights}")
     return Done({"written": weights, "decision": net.decision, "evaluation": result})

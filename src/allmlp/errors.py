@@ -59,13 +59,8 @@ def one_of(name: str, value: Any, choices: Iterable[Any], where: object = None) 
     return value
 
 
-def at_least(name: str, value: Any, least: float) -> Any:
-    """Returns the value if None or at least `least` (not NaN)."""
-    return between(name, value, least, math.inf)
-
-
 def between(name: str, value: Any, low: float, high: float) -> Any:
-    """Returns the value if None or in [low, high]."""
+    """Returns the value if None or in [low, high], which NaN is not."""
     if value is not None and not low <= value <= high:
         most = "" if high == math.inf else f" and at most {high}"
         what = f"{name} must be at least {low}{most}, got {value!r}"

@@ -12,7 +12,7 @@ Shapes: N images, K classes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -147,7 +147,7 @@ def with_threshold(
         what = f"no threshold reaches an accuracy of {accuracy:.2%}"
         raise UserError(what, where="accuracy", fix="A lower one", code="out-of-range")
     after = result if own.temperature == 1.0 else cross_calibrated(result)
-    (row,) = coverage_table(after, [_cross_fitted(result, of_half)])
+    row = after.answered(_cross_fitted(result, of_half))
     entry = _about(result, data) | row | {"threshold": chosen}
     return replace(own.with_threshold(chosen), measured=own.measured | {"unsure_below": entry})
 
@@ -160,17 +160,6 @@ def _threshold(result: Evaluation, accuracy: float) -> float:
     is_end = np.append(confidences[1:] < confidences[:-1], True)  # equal ones are answered together
     good = confidences[is_end & (reached >= accuracy)]
     return float(good[-1]) if len(good) else np.inf
-
-
-def coverage_table(result: Evaluation, thresholds: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns coverage, and accuracy of what is answered (None without answers), at thresholds."""
-    rows = []
-    for threshold in thresholds:
-        answered = result.confidences >= threshold
-        accuracy = float(result.correct[answered].mean()) if answered.any() else None
-        coverage = float(answered.mean())
-        rows.append({"threshold": threshold, "coverage": coverage, "accuracy": accuracy})
-    return rows
 
 
 _SUMMARIES = {

@@ -400,19 +400,23 @@ class Evaluation:
         raw = replace(self, decision=replace(self.decision, temperature=1.0))
         return raw.expected_calibration_error
 
+    def answered(self, threshold: Any) -> dict[str, Any]:
+        """Returns coverage, and accuracy of the answers (None without any), at a threshold."""
+        has_answer = self.confidences >= threshold
+        accuracy = float(self.correct[has_answer].mean()) if has_answer.any() else None
+        return {"threshold": threshold, "coverage": float(has_answer.mean()), "accuracy": accuracy}
+
     @property
     def coverage(self) -> float | None:
         """Fraction of images with an answer; None if the model has no threshold for "unsure"."""
         limit = self.decision.unsure_below
-        return None if limit is None else float((self.confidences >= limit).mean())
+        return None if limit is None else self.answered(limit)["coverage"]
 
     @property
     def accuracy_answered(self) -> float | None:
         """Fraction of correct answers; None without answers or a threshold."""
         limit = self.decision.unsure_below
-        if limit is None or not self.coverage:
-            return None
-        return float(self.correct[self.confidences >= limit].mean())
+        return None if limit is None else self.answered(limit)["accuracy"]
 
     @property
     def confusion(self) -> np.ndarray:

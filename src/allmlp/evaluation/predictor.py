@@ -18,7 +18,7 @@ from torch import Tensor
 from allmlp.data.loader import TIMEOUT, Batch, evaluation_batches, on_device
 from allmlp.data.source import BadImage, Source, subset
 from allmlp.data.transforms import normalize
-from allmlp.errors import UserError, at_least
+from allmlp.errors import UserError, between
 from allmlp.evaluation.options import MeasureOptions
 from allmlp.models.inference import Inference, choose_precision
 from allmlp.models.layers import Classifier, ImageClassifier, preprocessing_of
@@ -66,7 +66,7 @@ class Predictor:
         num_workers: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        at_least("batch_size", batch_size, 1)
+        between("batch_size", batch_size, 1, math.inf)
         self.model = model
         self._inference: Inference | None = None
         if isinstance(model, ImageClassifier):
