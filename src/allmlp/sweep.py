@@ -139,7 +139,6 @@ class Sweep:
     def key(self, config: TrainConfig) -> str:
         """Returns the hash of a run's settings, images and first weights, wherever these are."""
         values = identity(config) | {"model.weights": self._weights_of(config)}
-        del values["data.source"]
         return _short_hash(json.dumps([values, self._data_of(config)], sort_keys=True))
 
     def _data_of(self, config: TrainConfig) -> str:
@@ -185,11 +184,10 @@ class Sweep:
             return name
         differ = any(row.get("data") != data for row in owners)
         differ |= first_weights(file.parent) not in (None, weights)  # None: of an older version
-        own = False
-        if file.is_file() and not differ:  # another version may have computed its key
-            before, now = identity(config_of(file.parent)), identity(config)
-            own = {**before, "data.source": None} == {**now, "data.source": None}
-        return name if own else f"{name}-{key[:8]}"
+        # Another version may have computed its key.
+        is_known = file.is_file() and not differ
+        is_own = is_known and identity(config_of(file.parent)) == identity(config)
+        return name if is_own else f"{name}-{key[:8]}"
 
     def _log(self) -> None:
         if self.world.is_main and self.path.is_dir():

@@ -365,9 +365,8 @@ def _changed(config: TrainConfig) -> list[str]:
     if config.recipe not in RECIPES or config.model.train_only == "probe":
         return []
     own, usual = identity(config), identity(recipe(config.recipe))
-    named = ("data.source", "model.weights")
-    changed = [key for key, value in own.items() if value != usual.get(key) and key not in named]
-    return [f"{key} = {own[key]}" for key in changed]
+    usual["model.weights"] = config.model.weights  # said elsewhere
+    return [f"{key} = {value}" for key, value in own.items() if value != usual.get(key)]
 
 
 def _concerns(run: Run) -> Iterable[str]:

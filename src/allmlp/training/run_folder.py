@@ -37,10 +37,11 @@ from allmlp.weights.load import weights_fingerprint
 
 TRAINING_IMAGES = "training_images.txt"
 # Settings that affect where and how fast a run computes, but not what: they may change on resume.
+# The images may move; they are compared by themselves.
 _FREE = {
     *("output", "device", "num_threads", "micro_batch_size", "compile", "sharding"),
     *("log", "keep_checkpoints", "checkpoint_every", "data.num_workers", "data.timeout"),
-    "data.max_bad",
+    *("data.max_bad", "data.source"),
 }
 # Files left by a run that ended before its first step.
 _BEGUN = {"plots", "checkpoints", ".lock", "config.json", "environment.json", "log.txt"}
@@ -117,7 +118,7 @@ def check_same(path: Path, config: TrainConfig, splits: Splits) -> None:
     """Raises UserError if the folder's run has other images, or settings that must not change."""
     old = config_of(path)
     before, after = identity(old), identity(config)
-    keys = sorted((before.keys() | after.keys()) - {"data.source"})
+    keys = sorted(before.keys() | after.keys())
     changed = [key for key in keys if before.get(key) != after.get(key)]
     if changed:
         lines = [f"{k} is {before.get(k)!r} there and {after.get(k)!r} here" for k in changed[:6]]
