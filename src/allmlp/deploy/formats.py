@@ -203,8 +203,7 @@ class Format:
 
 
 def format_of(path: str | Path) -> Format:
-    """Returns the format for a file's suffix; a name without one, or with a / at its end, is a
-    folder."""
+    """Returns the format for a suffix; a name without one, or with a / at its end, is a folder."""
     suffix = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
     formats = {known.suffix or "a folder": known for known in FORMATS.values()}
     return formats[one_of("ending of an export", suffix or "a folder", formats, path)]
