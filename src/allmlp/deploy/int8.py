@@ -40,7 +40,12 @@ class Int8:
     def __init__(
         self, graph: Any, batches: Iterable[np.ndarray], folder: Path, num_threads: int
     ) -> None:
-        self.layers = dense_layers(graph)
+        dense = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
+        self.layers = [  # (node, layer of the model)
+            (node.name, layer_of(node))
+            for node in graph.graph.node
+            if node.op_type in _TYPES and node.input[1] in dense
+        ]
         if len(self.layers) < 2:  # not worth it for the head alone
             what = "int8 is for dense layers, and this model has next to none"
             raise UserError(what, fix="Export it in float32", code="unsupported")
@@ -117,13 +122,3 @@ class Int8:
         starts = range(0, len(self._images), 8)
         batches = (self._images[start : start + 8] for start in starts)
         return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
-
-
-def dense_layers(graph: Any) -> list[tuple[str, str]]:
-    """Returns (node, layer of the model) for matmuls with a constant matrix, in order."""
-    matrices = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
-    return [
-        (node.name, layer_of(node))
-        for node in graph.graph.node
-        if node.op_type in _TYPES and node.input[1] in matrices
-    ]

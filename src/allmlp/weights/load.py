@@ -284,8 +284,7 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
 
 
 def weights_fingerprint(source: str, *, quiet: bool = True) -> str:
-    """Returns the sha256 of the weights file of a source, and of its description if that is a file
-    of its own. A name of timm's stands for itself."""
+    """Returns the sha256 of the weights and of a description beside them; timm names as given."""
     if source.startswith(PREFIX):
         return source
     path, _ = locate(source, Reporter(quiet=quiet, stderr=True))
