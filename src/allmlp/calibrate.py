@@ -15,7 +15,7 @@ from allmlp.evaluate import evaluate
 from allmlp.evaluation import calibration
 from allmlp.evaluation.metrics import Evaluation
 from allmlp.evaluation.options import CalibrateOptions, MeasureOptions
-from allmlp.io import atomic_write, check_not_inputs, expand
+from allmlp.io import atomic_write, expand
 from allmlp.models.layers import ImageClassifier
 from allmlp.options import Done, make
 from allmlp.runtime.device import choose_device
@@ -71,9 +71,7 @@ def calibrate(
 def command(model: str, output: str, options: CalibrateOptions) -> Done:
     """Writes the calibrated model, with the card of the folder that it comes from."""
     path, report = expand(output), Reporter()
-    targets = [file for file in check_target(path, "allmlp") if file is not None]
-    check_not_inputs(targets, files_of(model))
-    check_target(path, "allmlp", overwrite=options.overwrite)
+    check_target(path, "allmlp", overwrite=options.overwrite, inputs=files_of(model))
     net, result = calibrate(model, options, report=report)
     weights = save_model(net, path, overwrite=options.overwrite)
     cards = [folder / "README.md" for folder in (expand(model) / "best", expand(model))]

@@ -125,9 +125,8 @@ class ExportReport:
     def passed(self) -> bool:
         return not self.failures
 
-    def lines(self) -> Iterator[str]:
-        for name, value in self._rows():
-            yield f"{name:<10}  {value}"
+    def lines(self) -> list[str]:
+        return [f"{name:<10}  {value}" for name, value in self._rows()]
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         height, width = self.image_size
@@ -320,7 +319,7 @@ def _int8_file(
         if count >= most or not parity.failures("int8", options.max_accuracy_drop):
             break
         count = min(max(1, 2 * count), most)
-    sensitivity = {layer: work.sensitivity[node] for node, layer in work.ranked} or None
+    sensitivity = {layer: error for (_, layer), error in work.sensitivity.items()} or None
     about = {"num_images": work.num_images, "quantile": work.quantile, "sensitivity": sensitivity}
     found = {"num_layers": len(work.layers), "attempts": attempts, "kept": kept}
     return file, parity, {**found, "calibration": about}

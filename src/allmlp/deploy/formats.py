@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,9 @@ class ExportInfo:
     uint8_input: bool  # (N, H, W, channels), else normalized float32 (N, channels, H, W)
     precision: str
     num_parameters: int
+    decision: Decision
+    weights: str | None  # `weights_fingerprint` of the files that it was made from, if any
     float32_layers: tuple[str, ...] = ()  # in an int8 file
-    decision: Decision = field(default_factory=Decision)
-    weights: str | None = None  # `weights_fingerprint` of the files that it was made from, if any
 
     def inputs(self, images: Tensor) -> np.ndarray:
         """Converts uint8 images (N, channels, H, W) to graph inputs."""
@@ -72,15 +72,11 @@ class ExportInfo:
 
 
 def info_of(
-    model: ImageClassifier, precision: str, weights: str | None, *, uint8_input: bool
+    model: ImageClassifier, precision: str, weights: str | None = None, *, uint8_input: bool
 ) -> ExportInfo:
-    how, number = preprocessing_of(model), model.num_parameters
-    config = replace(model.config, num_classes=num_logits(model))
-    return ExportInfo(
-        *(config, model.class_names, how, uint8_input, precision, number),
-        decision=model.decision,
-        weights=weights,
-    )
+    config, how = replace(model.config, num_classes=num_logits(model)), preprocessing_of(model)
+    about = (config, model.class_names, how, uint8_input, precision, model.num_parameters)
+    return ExportInfo(*about, model.decision, weights)
 
 
 def to_text(info: ExportInfo) -> dict[str, str]:
@@ -133,9 +129,9 @@ def from_text(values: Mapping[str, str], path: Path) -> ExportInfo:
             bool(own["uint8_input"]),
             str(own["precision"]),
             int(own["parameters"]),
-            tuple(map(str, own["kept_in_float32"])),
             Decision.from_json(parse_json(values.get("decision") or "{}"), config.num_classes),
             own.get("weights"),
+            tuple(map(str, own["kept_in_float32"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         what = f"the file's description cannot be used: {str(getattr(error, 'what', error))[:200]}"
@@ -207,8 +203,7 @@ class Format:
 
 
 def format_of(path: str | Path) -> Format:
-    """Returns the format for a file's suffix; a name without one, or with a / at its end, is a
-    folder."""
+    """Returns the format for a suffix; a name without one, or with a / at its end, is a folder."""
     suffix = "" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
     formats = {known.suffix or "a folder": known for known in FORMATS.values()}
     return formats[one_of("ending of an export", suffix or "a folder", formats, path)]

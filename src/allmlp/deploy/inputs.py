@@ -11,7 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from allmlp.names import NAME
 
 STANDARD_INPUT = "-"
 AnyImage = str | Path | bytes | np.ndarray | Image.Image
+File = tuple[str, bytes]  # name, encoded image
+Check = Callable[[int], None]  # called after every batch; raises to abort
 _LARGEST_DOWNLOAD, _SECONDS = 2**28, 30  # bytes; timeout
 
 

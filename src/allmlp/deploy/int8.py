@@ -34,38 +34,36 @@ _TYPES = ["MatMul", "Gemm"]
 class Int8:
     """Quantizes a graph, with the one of `QUANTILES` that changes the logits least.
 
-    `ranked` (layers, most sensitive first) is empty until a layer is kept in float32.
+    `sensitivity` (most sensitive layers first) is empty until a layer is kept in float32.
     """
 
     def __init__(
-        self,
-        graph: Any,
-        batches: Iterable[np.ndarray],
-        folder: Path,
-        num_threads: int,
+        self, graph: Any, batches: Iterable[np.ndarray], folder: Path, num_threads: int
     ) -> None:
-        self.layers = dense_layers(graph)
+        dense = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
+        self.layers = [  # (node, layer of the model)
+            (node.name, layer_of(node))
+            for node in graph.graph.node
+            if node.op_type in _TYPES and node.input[1] in dense
+        ]
         if len(self.layers) < 2:  # not worth it for the head alone
             what = "int8 is for dense layers, and this model has next to none"
             raise UserError(what, fix="Export it in float32", code="unsupported")
         self.graph, self.num_threads = graph, num_threads
-        self.ranked: list[tuple[str, str]] = []
-        self.sensitivity: dict[str, float] = {}
+        self.sensitivity: dict[tuple[str, str], float] = {}
         self._ranges = self._measure(batches, folder)
         self._exact = self._logits(graph)
-        self.quantile = min(QUANTILES, key=lambda q: self._error(self._quantized([], q)))
+        self.quantile = min(QUANTILES, key=lambda q: self._error(self._quantized(self.layers, q)))
 
     def quantized(self, num_float32: int) -> tuple[Any, list[str]]:
         """Returns the graph with `num_float32` layers in float32, and their names."""
-        if num_float32 and not self.ranked:
-            nodes = [node for node, _ in self.layers]
-            for node in nodes:
-                alone = self._quantized([other for other in nodes if other != node], self.quantile)
-                self.sensitivity[node] = self._error(alone)
-            self.ranked = sorted(self.layers, key=lambda layer: -self.sensitivity[layer[0]])
-        kept = self.ranked[:num_float32]
-        graph = self._quantized([node for node, _ in kept], self.quantile)
-        return graph, [layer for _, layer in kept]
+        if num_float32 and not self.sensitivity:
+            errors = [self._error(self._quantized([one], self.quantile)) for one in self.layers]
+            found = zip(self.layers, errors, strict=True)
+            self.sensitivity = dict(sorted(found, key=lambda pair: -pair[1]))
+        kept = list(self.sensitivity)[:num_float32]
+        int8 = [layer for layer in self.layers if layer not in kept]
+        return self._quantized(int8, self.quantile), [layer for _, layer in kept]
 
     def _measure(self, batches: Iterable[np.ndarray], folder: Path) -> list[dict[str, Any]]:
         """Returns the activation ranges of each batch by name; keeps the first images."""
@@ -87,7 +85,7 @@ class Int8:
         self._images = np.concatenate(first)
         return ranges
 
-    def _quantized(self, float32: list[str], quantile: float) -> Any:
+    def _quantized(self, layers: list[tuple[str, str]], quantile: float) -> Any:
         quantization = import_extra("onnxruntime.quantization", "export")
         kinds = quantization.QuantType
         bounds = {}
@@ -97,7 +95,6 @@ class Int8:
             bound = np.quantile(low, 1.0 - quantile), np.quantile(high, quantile)
             bounds[name] = tuple(np.array([value], np.float32) for value in bound)
         graph = copy.deepcopy(self.graph)
-        nodes = [node for node, _ in self.layers if node not in float32]
         quantizer = quantization.QDQQuantizer(
             graph,
             True,
@@ -105,7 +102,7 @@ class Int8:
             kinds.QInt8,
             kinds.QUInt8,
             quantization.TensorsData(quantization.CalibrationMethod.MinMax, bounds),
-            nodes,
+            [node for node, _ in layers],
             [],
             _TYPES,
             {"OpTypesToExcludeOutputQuantization": _TYPES, "WeightSymmetric": True},
@@ -125,13 +122,3 @@ class Int8:
         starts = range(0, len(self._images), 8)
         batches = (self._images[start : start + 8] for start in starts)
         return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
-
-
-def dense_layers(graph: Any) -> list[tuple[str, str]]:
-    """Returns (node, layer of the model) for matmuls with a constant matrix, in order."""
-    matrices = {constant.name for constant in graph.graph.initializer if len(constant.dims) == 2}
-    return [
-        (node.name, layer_of(node))
-        for node in graph.graph.node
-        if node.op_type in _TYPES and node.input[1] in matrices
-    ]

@@ -27,18 +27,14 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 class Uint8Input(nn.Module):
     """A model that normalizes, and permutes if it was trained so, uint8 (N, H, W, channels)."""
 
-    order: Tensor | None
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: ImageClassifier) -> None:
         super().__init__()
         self.model = model
         how = preprocessing_of(model)
         order = pixel_order(how)
-        self.register_buffer("order", None if order is None else torch.from_numpy(order))
-        for name, value in (("mean", how.mean), ("std", how.std)):
-            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1))
+        self.order = None if order is None else nn.Buffer(torch.from_numpy(order))
+        self.mean = nn.Buffer(torch.tensor(how.mean).view(1, -1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(how.std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2)

@@ -83,11 +83,11 @@ def write_predictions(
     """
     options, world = make(PredictOptions, options, {}), world or World()  # checks the values
     output = choose_output(options)
-    is_folder = output is not None and output.is_folder
-    if world.size > 1 and not is_folder:
+    folder = output if output is not None and output.is_folder else None
+    if world.size > 1 and folder is None:
         what = "several processes need a folder to write their parts to"
         raise UserError(what, where="output", fix="Give a name without an ending")
-    if is_folder and options.neighbors is not None:
+    if folder is not None and options.neighbors is not None:
         what = "neighbors, among all images, are written to one file, not to parts"
         raise UserError(what, where="output", fix="Give it an ending", code="conflict")
     source, names = _open_images(images, world)
@@ -106,10 +106,9 @@ def write_predictions(
     columns = choose_columns(
         net, options.top_k, options.unsure_below, options.features, options.neighbors
     )
-    if output is not None and output.is_folder:
-        begun = output
+    if folder is not None:
         output = world.broadcast_from_rank0(
-            lambda: begin_parts(predictor, source, columns, begun, world.size)
+            lambda: begin_parts(predictor, source, columns, folder, world.size)
         )
         on_start(predictor, source, output, columns)
         write_parts(predictor, source, columns, output, world, on_rows)

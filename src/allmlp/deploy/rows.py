@@ -188,37 +188,38 @@ def predict_rows(
 def write_table(path: Path | None, suffix: str, batches: Iterable[Rows], columns: Columns) -> None:
     """Writes rows atomically, one batch in memory at a time; without a path, to standard output."""
 
+    rows = chain.from_iterable(batches)
+
     def write(partial: Path) -> None:
         if suffix == ".parquet":
-            _write_parquet(partial, batches, columns)
+            _write_parquet(partial, rows, columns)
         else:
             with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                _WRITERS[suffix](file, batches, columns)
+                _WRITERS[suffix](file, rows, columns)
 
     if path is not None:
         with disk_errors(CANNOT_WRITE, path):
             atomic_write(path, write)
         return
     with path_in_errors(Path("standard output")):
-        _WRITERS[suffix](sys.stdout, batches, columns)
+        _WRITERS[suffix](sys.stdout, rows, columns)
         sys.stdout.flush()
 
 
-def _write_csv(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
+def _write_csv(file: TextIO, rows: Iterable[Prediction], columns: Columns) -> None:
     names = columns.names()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", *names, "error"])
     digits = "" if columns.features else ".6f"
-    for row in chain.from_iterable(batches):
+    for row in rows:
         cells = columns.cells(row)
         cells = [f"{cell:{digits}}" if isinstance(cell, float) else cell for cell in cells]
         cells += [""] * (len(names) - len(cells))
         writer.writerow([row.path, *cells, row.error or ""])
 
 
-def _write_jsonl(file: TextIO, batches: Iterable[Rows], columns: Columns) -> None:
-    for rows in batches:
-        file.writelines(f"{json.dumps(row_json(row, columns))}\n" for row in rows)
+def _write_jsonl(file: TextIO, rows: Iterable[Prediction], columns: Columns) -> None:
+    file.writelines(f"{json.dumps(row_json(row, columns))}\n" for row in rows)
 
 
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl}
@@ -241,7 +242,7 @@ def row_json(row: Prediction, columns: Columns) -> dict[str, Any]:
     return values
 
 
-def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> None:
+def _write_parquet(path: Path, rows: Iterable[Prediction], columns: Columns) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -257,7 +258,7 @@ def _write_parquet(path: Path, batches: Iterable[Rows], columns: Columns) -> Non
         return {name: _as_text(v) if isinstance(v, str) else v for name, v in values.items()}
 
     with parquet.ParquetWriter(path, schema) as writer:
-        records = map(record, chain.from_iterable(batches))
+        records = map(record, rows)
         size = max(1, _ROW_GROUP // (columns.width + 1))  # row groups have a fixed cost
         while group := list(islice(records, size)):
             writer.write_table(pa.Table.from_pylist(group, schema))

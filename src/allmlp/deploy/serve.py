@@ -19,7 +19,7 @@ from allmlp.data.image import FORMATS, encode_png
 from allmlp.data.source import PackedStrings, unlabelled
 from allmlp.data.transforms import model_input
 from allmlp.deploy.formats import load_any
-from allmlp.deploy.inputs import GivenImages
+from allmlp.deploy.inputs import Check, File, GivenImages
 from allmlp.deploy.options import ServeOptions
 from allmlp.deploy.rows import choose_columns, predict_rows
 from allmlp.errors import UserError, plural
@@ -38,9 +38,6 @@ _NO_UNITS = (
     "An exported file only computes logits. Serve the run or the weights that it was made from to "
     "see its token-mixing units."
 )
-
-File = tuple[str, bytes]  # name, encoded image
-Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
 class Service:

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from allmlp.deploy.browser import page_file
+from allmlp.deploy.inputs import Check, File
 from allmlp.errors import UserError, plural
 
 FIELD = "images"
@@ -42,10 +43,6 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-
-
-File = tuple[str, bytes]  # name, encoded image
-Check = Callable[[int], None]  # called after every batch; raises to abort
 
 
 class _GivenUp(Exception):
@@ -74,8 +71,7 @@ class Connection(H11Protocol):
 
 
 def make_app(service: Any, hosts: frozenset[str] | None, places: int = 8) -> ASGIApp:
-    """Returns the application of a `serve.Service`, for requests to one of the hosts (None: any).
-    At most `places` requests that were received wait or are computed."""
+    """Returns a `serve.Service`'s application for these hosts (None: any) and `places` requests."""
     thread, taken = ThreadPoolExecutor(1, thread_name_prefix="mixer-serve"), set[Request]()
 
     def check_places() -> None:

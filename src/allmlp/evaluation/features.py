@@ -63,7 +63,7 @@ def opened_model(
 ) -> tuple[ImageClassifier, str | None]:
     """Returns the model and the device to move it to; None leaves a model object where it is."""
     stays = isinstance(model, ImageClassifier) and options.device == "auto"
-    net = open_model(model, options.image_size, options.resize_weights)
+    net = open_model(model, image_size=options.image_size, resize_weights=options.resize_weights)
     return net, None if stays else options.device
 
 

@@ -129,7 +129,7 @@ def inspect(model: AnyModel, options: InspectOptions | None = None, **fields: An
 
 
 def _loaded(model: AnyModel, options: InspectOptions, name: str) -> tuple[ImageClassifier, str]:
-    net = open_model(model, options.image_size, options.resize_weights)
+    net = open_model(model, image_size=options.image_size, resize_weights=options.resize_weights)
     return net, str(model) if isinstance(model, str | Path) else name
 
 

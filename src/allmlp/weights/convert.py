@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from allmlp.io import check_not_inputs, expand
+from allmlp.io import expand
 from allmlp.options import Done, LoadOptions
 
 
@@ -37,9 +37,7 @@ def convert(model: str, output: str, options: ConvertOptions) -> Done:
 
     path = expand(output)
     format = options.format or ("google" if path.suffix == ".npz" else "allmlp")
-    targets = [file for file in check_target(path, format) if file is not None]
-    check_not_inputs(targets, files_of(model))
-    check_target(path, format, overwrite=options.overwrite)
+    check_target(path, format, overwrite=options.overwrite, inputs=files_of(model))
     net = load_model(model, num_classes=options.num_classes, **options.loading)
     weights = save_model(net, path, format, overwrite=options.overwrite)
     mebibytes = weights.stat().st_size / 2**20

@@ -70,10 +70,7 @@ def describe(
     labels = written.get("label_names") or settings.get("label_names")
     names = list(map(str, labels)) if isinstance(labels, list) else []
     names = names if names and len(names) == config.num_classes else None
-    try:
-        found = timm_preprocessing(settings, config.image_size, config.in_channels)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"not a preprocessing: {error}", where=where) from error
+    found = timm_preprocessing(settings, config.image_size, config.in_channels, where)
     if found is not None:
         source = f"the tensors and {where}"
         return Description(layout, config, names, found[0], source, found[1])
@@ -179,28 +176,31 @@ def _published(
 
 
 def timm_preprocessing(
-    settings: Json, image_size: Size, channels: int
+    settings: Json, image_size: Size, channels: int, where: str
 ) -> tuple[Preprocessing, tuple[str, ...]] | None:
     """Returns the preprocessing in timm's `PretrainedCfg`, if any, and notes on what is lost."""
     if settings.get("mean") is None or settings.get("std") is None or channels not in (1, 3):
         return None
     notes, interpolation = (), settings.get("interpolation") or "bicubic"
-    if interpolation not in INTERPOLATIONS:
-        notes = (f"interpolation {interpolation!r} is not available; bicubic is used",)
-        interpolation = "bicubic"
     mode = settings.get("crop_mode") or "center"
-    if mode not in ("center", "squash"):
-        notes += (f"crop mode {mode!r} is not available; the centre is cropped",)
-    preprocessing = Preprocessing(
-        image_size=image_size,
-        # timm's "squash" scales each side and then crops: the paper's resize-crop.
-        resize="resize-crop" if mode == "squash" else "resmall-crop",
-        channels=channels,
-        mean=_per_channel(settings["mean"], channels),
-        std=_per_channel(settings["std"], channels),
-        crop=float(settings.get("crop_pct") or 0.875),
-        interpolation=interpolation,
-    )
+    try:
+        if interpolation not in INTERPOLATIONS:
+            notes = (f"interpolation {interpolation!r} is not available; bicubic is used",)
+            interpolation = "bicubic"
+        if mode not in ("center", "squash"):
+            notes += (f"crop mode {mode!r} is not available; the centre is cropped",)
+        preprocessing = Preprocessing(
+            image_size=image_size,
+            # timm's "squash" scales each side and then crops: the paper's resize-crop.
+            resize="resize-crop" if mode == "squash" else "resmall-crop",
+            channels=channels,
+            mean=_per_channel(settings["mean"], channels),
+            std=_per_channel(settings["std"], channels),
+            crop=float(settings.get("crop_pct") or 0.875),
+            interpolation=interpolation,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"not a preprocessing: {error}", where=where) from error
     return preprocessing, notes
 
 

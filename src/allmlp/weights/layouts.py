@@ -8,10 +8,8 @@ has (out, in) and (C, channels, P, P). Names in the published files:
     MixerBlock_{i}/{token_mixing,channel_mixing}/Dense_{0,1}/{kernel,bias}
     pre_head_layer_norm/{scale,bias}   head/{kernel,bias}
 
-All other code bases use torch's shapes, as we do; their names are in the file of each family, and
-the files of CycleMLP's and Vision Permutator's authors have the names of our own modules. timm
-computes the exact GELU even for weights that Google trained with the tanh form; a model loaded from
-timm's files does what timm does.
+All other code bases use torch's shapes, as we do; their names are in the file of each family. timm
+computes the exact GELU even for weights that Google trained with the tanh form.
 
 Sources: google-research/vision_transformer, vit_jax/models_mixer.py; google-research/big_vision,
 models/mlp_mixer.py, which loads the published files; timm 1.0, models/mlp_mixer.py.

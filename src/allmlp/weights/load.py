@@ -124,20 +124,15 @@ def _names_in(path: Path) -> Any:
         raise UserError(what, where=path, fix="One name per line, or a JSON list") from error
 
 
-def open_model(
-    model: Classifier | str | Path,
-    image_size: int | tuple[int, int] | None = None,
-    resize_weights: ResizeWeights = "auto",
-    **foreign: Any,
-) -> ImageClassifier:
+def open_model(model: Classifier | str | Path, **loading: Any) -> ImageClassifier:
     """Returns `model` if it is a model, else what `load_model` returns for it."""
     if isinstance(model, str | Path):
-        return load_model(model, image_size, resize_weights=resize_weights, **foreign)
+        return load_model(model, **loading)
     if not isinstance(model, ImageClassifier):
         what = f"expected a model with weights or its path, got {model!r}"
         raise UserError(what, where="model", fix="am.load_model(...) gives one", code="wrong-type")
-    for name, value in {"image_size": image_size, **foreign}.items():
-        if value is not None:
+    for name, value in loading.items():
+        if value not in (None, "auto"):
             what = f"{name} {value} has no effect on a model object"
             raise UserError(what, where=name, fix="Give the path that it was loaded from")
     return model
@@ -263,13 +258,12 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
         what = "an exported file has no weights to load: it only computes logits"
         raise UserError(what, where=path, fix="Give the run or the weights it was made from")
     if os.path.isdir(path):
-        candidates = (path / "best" / WEIGHTS, path / WEIGHTS)
-        found = next((file for file in candidates if file.is_file()), None)
-        if found is None:
-            what = f"the folder has no weights: neither best/{WEIGHTS} nor {WEIGHTS}"
-            fix = "Give the run folder of a training that reached its first evaluation, or a file"
-            raise UserError(what, where=path, fix=fix)
-        return found, None
+        for found in (path / "best" / WEIGHTS, path / WEIGHTS):
+            if found.is_file():
+                return found, None
+        what = f"the folder has no weights: neither best/{WEIGHTS} nor {WEIGHTS}"
+        fix = "Give the run folder of a training that reached its first evaluation, or a file"
+        raise UserError(what, where=path, fix=fix)
     if os.path.isfile(path):
         return path, checkpoint_of_file(path.name)
     checkpoint = find_checkpoint(text)
@@ -290,8 +284,7 @@ def locate(source: str | Path, report: Reporter) -> tuple[Path, Checkpoint | Non
 
 
 def weights_fingerprint(source: str, *, quiet: bool = True) -> str:
-    """Returns the sha256 of the weights file of a source, and of its description if that is a file
-    of its own. A name of timm's stands for itself."""
+    """Returns the sha256 of the weights and of a description beside them; timm names as given."""
     if source.startswith(PREFIX):
         return source
     path, _ = locate(source, Reporter(quiet=quiet, stderr=True))

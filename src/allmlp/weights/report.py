@@ -29,8 +29,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
         found = describe(file, checkpoint, image_size)
         check_shapes(found, file)
     except UserError as error:
-        lines += [f"not a model    {error.what}", ""]
-        return lines + list_tensors(file)
+        return [*lines, f"not a model    {error.what}", "", *list_tensors(file)]
     names = found.class_names
     shown = "unknown" if names is None else ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     preprocessing = found.preprocessing
@@ -43,8 +42,7 @@ def inspect_file(source: str | Path, image_size: tuple[int, int] | None = None) 
         ("described by", found.source),
         *(("note", note) for note in found.notes),
     ]
-    lines += [*(f"{name:<13}  {fact}" for name, fact in facts), ""]
-    return lines + list_tensors(file)
+    return [*lines, *(f"{name:<13}  {fact}" for name, fact in facts), "", *list_tensors(file)]
 
 
 def list_tensors(file: WeightsFile) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from allmlp.errors import UserError, fix_of, one_of
 from allmlp.io import (
     Content,
     atomic_write_all,
+    check_not_inputs,
     check_output_folder,
     expand,
     parse_json,
@@ -122,7 +124,9 @@ def save_model(
     return weights
 
 
-def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Path, Path | None]:
+def check_target(
+    path: Path, format: str, *, overwrite: bool, inputs: Iterable[Path] = ()
+) -> tuple[Path, Path | None]:
     """Returns the files that `save_model` would write: weights, and a description or None."""
     one_of("format", format, FORMATS)
     expected = ".npz" if format == "google" else ".safetensors"
@@ -143,6 +147,7 @@ def check_target(path: Path, format: str, *, overwrite: bool = True) -> tuple[Pa
             what = "this file would be replaced, and it is not the description of a model"
             fix = "Give another name or folder; the model of a run is in its best/"
             raise UserError(what, where=beside, fix=fix)
-    names = [file.name for file in (weights, beside) if file is not None]
-    check_output_folder(weights.parent, names, overwrite=overwrite)
+    files = [file for file in (weights, beside) if file is not None]
+    check_not_inputs(files, inputs)
+    check_output_folder(weights.parent, [file.name for file in files], overwrite=overwrite)
     return weights, beside

@@ -53,10 +53,8 @@ def load_pretrained(source: str, report: Reporter) -> TimmModel:
         model.class_names = [str(label) for label in described.label_names]
     elif classes == 1000:
         model.class_names = imagenet_classes()
-    try:
-        found = timm_preprocessing(asdict(described), size, model.config.in_channels)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} has an unknown preprocessing: {error}") from error
+    where = f"{PREFIX}{name}"
+    found = timm_preprocessing(asdict(described), size, model.config.in_channels, where)
     if found is not None:
         model.preprocessing, notes = found
         for note in notes:
