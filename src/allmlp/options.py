@@ -13,15 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from annotated_types import Ge, Interval
-
 from allmlp.errors import UserError, near_names, needs
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ResizeWeights = Literal["auto", "block-diagonal", "resample"]
 ImageSize = int | tuple[int, int]  # pixels: side, or (height, width); 192x256 on the command line
-Positive = Annotated[int, Ge(1)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
 Repeated = Annotated[tuple[str, ...], "repeated"]  # the flag is repeated for each value
 
 
@@ -73,21 +69,6 @@ class LoadOptions(SizeOptions):
         """The keywords of `load_model` that are set."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoadOptions)}
         return {name: v for name, v in given.items() if v not in (None, "auto")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeOptions(Options):
-    """Where and how a command computes."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Precision = "auto"
-    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
-    large enough to benefit."""
-    batch_size: Positive = 64
-    """Images per batch and process."""
-    num_workers: int | None = None
-    """Number of processes that decode images; by default chosen by the size of the data."""
 
 
 Kind = TypeVar("Kind")

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from allmlp.errors import exclusive, needs
-from allmlp.options import ComputeOptions, Fraction, LoadOptions, Options, Positive, Precision
+from allmlp.evaluation.options import ComputeOptions, Fraction, Positive
+from allmlp.options import LoadOptions, Options, Precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,9 @@ from annotated_types import Ge, Interval
 
 from allmlp.errors import UserError, exclusive, needs
 from allmlp.options import (
-    ComputeOptions,
-    Fraction,
     ImageSize,
     LoadOptions,
     Options,
-    Positive,
     Precision,
     Repeated,
     SizeOptions,
@@ -24,7 +21,24 @@ from allmlp.options import (
 
 Resize = Literal["resize-crop", "resmall-crop", "squash"]
 LARGEST_BATCH = 2**16
+Positive = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
 Seconds = Annotated[float, Interval(gt=0, lt=1e6)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Options):
+    """Where and how a command computes."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Precision = "auto"
+    """Precision of matrix products; auto uses bfloat16 if the device is fast at it and the model
+    large enough to benefit."""
+    batch_size: Positive = 64
+    """Images per batch and process."""
+    num_workers: int | None = None
+    """Number of processes that decode images; by default chosen by the size of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
