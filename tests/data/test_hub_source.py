@@ -79,6 +79,8 @@ def test_columns_are_chosen(on_hub: Any):
     assert (source.read(3), source.class_names) == (IMAGES[3], ["unknown"])
     with pytest.raises(UserError, match="no label column found"):
         open_source("hf:a/b")
+    on_hub({"train": dataset([0, 1], ["x", "y"], label="fine_label", column="photo")})
+    assert open_source("hf:a/b#label=fine_label,image=photo").class_names == ["x", "y"]
 
 
 def test_images_as_paths_and_missing_ones(on_hub: Any, tmp_path: Path):

@@ -179,6 +179,14 @@ def test_mistakes(model, album, tmp_path, monkeypatch, inputs, options, word):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_every_value_that_is_not_finite_is_an_error(model, album):
+    model.head.bias.data[3] = float("nan")
+    found = am.predict(model, album, num_workers=0)
+    good = [row for row in found if row.error != rows.NOT_FINITE]
+    assert len(found) - len(good) > 1
+    assert all(row.error for row in good)
+
+
 # --- what comes out -------------------------------------------------------------------------------
 
 

@@ -85,6 +85,7 @@ def test_a_restart_writes_only_what_is_missing(model, album, tmp_path, kind, bat
     [
         (lambda *_: {"model": tiny_model(NAMES, channels_mlp_dim=64)}, "model"),
         (lambda model, _: setattr(model.head, "bias", nn.Parameter(torch.ones(7))), "model"),
+        (lambda model, _: nn.init.ones_(model.stem.weight) is None, "model"),
         (lambda model, _: setattr(model, "class_names", NAMES[::-1]), "class names"),
         (lambda model, _: setattr(model, "preprocessing", SQUASHED), "preprocessing"),
         (lambda _, album: draw(77).save(album / "x" / "3.png"), "images"),

@@ -20,6 +20,7 @@ needs_compiler = pytest.mark.skipif(not can_compile(CPU), reason="needs a C++ co
     "compiles", [False, pytest.param(True, marks=[pytest.mark.slow, needs_compiler])]
 )
 def test_compiled_gelu_equals_the_tanh_gelu(compiles: bool):
+    torch.manual_seed(0)
     model = am.create_model("mixer_s16", num_blocks=1, image_size=32, num_classes=3)
     plain = copy.deepcopy(model)
     notes = []

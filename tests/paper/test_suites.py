@@ -129,6 +129,10 @@ def test_the_papers_protocol(place, monkeypatch):
     assert (entry["accuracy"], entry["deviation"]) == (pytest.approx(0.6), pytest.approx(0.1))
     assert result.groups == {"natural": pytest.approx(0.6), "structured": pytest.approx(0.3)}
     assert result.mean == pytest.approx(0.45)
+    done = {n: {"accuracy": a} for n, a in (("svhn", 0.2), ("pets", 0.4), ("eurosat", 0.9))}
+    result = SuiteResult(Path("x"), VTAB, done, [])
+    assert result.mean == pytest.approx(0.5)
+    assert result.groups == {"natural": pytest.approx(0.3), "specialised": 0.9}
 
 
 def test_the_lightweight_protocol(place, monkeypatch):

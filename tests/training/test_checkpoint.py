@@ -361,6 +361,15 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path):
     assert verify(path.parent).step == 1
 
 
+def test_all_are_damaged(tmp_path: Path):
+    saved(tmp_path, 1, 2)
+    for path in tmp_path.glob(f"*/{STATE}"):
+        flip(path)
+    lines: list[str] = []
+    assert Checkpoints(tmp_path, say=lines.append).newest() is None
+    assert len(lines) == 2
+
+
 def test_a_renamed_folder_and_a_later_format(tmp_path: Path):
     saved(tmp_path, 1, 2)
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000005")

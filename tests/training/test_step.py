@@ -43,6 +43,25 @@ def weights(made: Updater) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in made.parameters]
 
 
+def test_gradients_are_clipped():
+    for most in (1e-3, 0.0):
+        made = updater(False, optimizer__clip_norm=most)
+        step(made, 0)
+        norm = torch.stack([p.grad.norm() for p in made.parameters if p.grad is not None]).norm()
+        assert (norm < 1.01e-3) == (most > 0)
+
+
+def test_sam_starts_when_it_is_asked_for(monkeypatch):
+    made, counts = updater(False, optimizer__sam_rho=0.05, optimizer__sam_start=0.5), []
+    gradient = made.gradient
+    monkeypatch.setattr(made, "gradient", lambda *a: (counts.append(number), gradient(*a))[1])
+    for number in range(STEPS):
+        step(made, number)
+    assert [counts.count(number) for number in range(STEPS)] == [1] * (STEPS // 2) + [2] * (
+        STEPS - STEPS // 2
+    )
+
+
 def moments_of(made: Updater) -> list[torch.Tensor]:
     return [value for state in made.optimizers[0].state.values() for value in state.values()]
 
