@@ -250,6 +250,8 @@ SCALE = "data-scale --models mixer_s16 --few-shot-data digits --set model.overri
         (f"{SCALE} --steps 6 --recipe finetune", "finetune"),
         (f"{SCALE} --steps 6 --few-shot-data digits:train", "train only"),
         (f"{SCALE} --steps 6 --output full", "thesis.txt"),
+        (f"{SCALE} --steps 6 --shots 0", "shots"),
+        ("ablations --seconds 0", "seconds"),
     ],
 )
 def test_mistakes_write_nothing(tmp_path: Path, capsys, monkeypatch, line, named):

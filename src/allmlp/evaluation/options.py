@@ -22,6 +22,7 @@ from allmlp.options import (
 Resize = Literal["resize-crop", "resmall-crop", "squash"]
 LARGEST_BATCH = 2**16
 Positive = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Seconds = Annotated[float, Interval(gt=0, lt=1e6)]
 
@@ -52,7 +53,7 @@ class MeasureOptions(ComputeOptions, SizeOptions):
     """Ignore the EXIF orientation, as the paper does."""
     overwrite: bool = False
     """Replace existing files."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Interval(ge=0, lt=1e6)] = 600.0
     """Seconds to wait for a batch from the workers; 0 waits forever."""
 
 
@@ -143,7 +144,7 @@ class FewShotOptions(FeatureOptions):
     protocol: Literal["big_vision", "scenic"] = "big_vision"
     """big_vision (random draws, one l2) or the older scenic (the first images of each class, and
     the best of 30 l2 values on the test images)."""
-    seeds: tuple[Annotated[int, Ge(0)], ...] = (0, 1, 2)
+    seeds: tuple[Natural, ...] = (0, 1, 2)
     """Seeds of big_vision's random draws; their mean is reported."""
     l2: Annotated[float, Interval(gt=0, lt=inf)] = 1024.0
     """L2 penalty of big_vision."""
@@ -178,7 +179,7 @@ class LabelMistakesOptions(FeatureOptions):
 
     data: str
     """A source with labels; all its splits, or the one named by :train, :validation or :test."""
-    top: Annotated[int, Ge(0)] = 20
+    top: Natural = 20
     """Number of images to print."""
     output: str | None = None
     """Folder for mistakes.csv (all images, ranked), mistakes.png (the first) and exclude.txt (the

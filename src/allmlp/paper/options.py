@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from allmlp.errors import UserError
+from allmlp.evaluation.options import Natural, Positive, Seconds
 from allmlp.options import Options, Repeated
 from allmlp.paper.published import DATA_SCALE
 from allmlp.training.flags import OTHER_SETTINGS, flag, setting_options
@@ -117,9 +118,9 @@ class DataScaleOptions(StudyOptions):
     """Architectures, as `mixer models` names them."""
     fractions: tuple[float, ...] = field(default=tuple(DATA_SCALE), metadata={"metavar": "X ..."})
     """Fractions of the training images."""
-    shots: int = 5
+    shots: Positive = 5
     """Training images per class for few-shot accuracy."""
-    few_shot_seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"metavar": "N ..."})
+    few_shot_seeds: tuple[Natural, ...] = field(default=(0, 1, 2), metadata={"metavar": "N ..."})
     """Seeds of the few-shot draws."""
     recipe: str = "scratch"
     """Recipe for all other settings (docs/recipes.md), except the sizes of its model."""
@@ -160,7 +161,7 @@ class PermutationOptions(StudyOptions):
     """Seed of both permutations."""
     few_shot_data: str | None = field(default=None, metadata={"metavar": "SOURCE"})
     """Also measure linear few-shot accuracy on this data, as the paper did."""
-    shots: int = 5
+    shots: Positive = 5
     """Training images per class for few-shot accuracy."""
 
 
@@ -181,7 +182,7 @@ class AblationsOptions(StudyOptions):
     """Variants to train; defaults to all."""
     model: str | None = None
     """A Mixer; defaults to the recipe's."""
-    seconds: float = 2.0
+    seconds: Seconds = 2.0
     """Seconds to measure each variant's throughput."""
 
 

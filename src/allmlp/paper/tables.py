@@ -158,7 +158,7 @@ def _collect(paths: Sequence[str | Path]) -> tuple[list[Measured], list[str]]:
                 text = error.what if isinstance(error, UserError) else f"damaged: {error}"
                 left_out[key] = f"{place}: {' '.join(text.split())[:200]}"
     if not found:
-        what = f"no run and no measurement found; {'; '.join([*left_out.values()][:3])}"
+        what = "; ".join(["no run and no measurement found", *[*left_out.values()][:3]])
         fix = "Give run folders, or files that evaluate, few-shot or benchmark wrote"
         raise UserError(what, where=", ".join(map(str, paths)) or None, fix=fix)
     return list(found.values()), list(left_out.values())
